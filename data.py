@@ -1,0 +1,368 @@
+"""From text to the rows that the model eats, and the toy world in which everything is known.
+
+text pair -> token ids -> one row a pair -> Batch; dpo.response_logps turns a Batch into log-probs.
+B pairs, T positions, N scored tokens; in the toy world P prompts, W words, Y answers to each prompt.
+"""
+
+import functools
+import itertools
+import json
+import re
+import warnings
+from typing import NamedTuple
+
+import tiktoken
+import torch
+
+END = "<|endoftext|>"  # every tokenizer here has it: the token that says an answer is over
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave us; the message is one line that says where and what to do."""
+
+
+# Preference pairs
+
+
+class Pair(NamedTuple):
+    """A prompt and two answers, the preferred one first. An empty answer is the end token alone."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def load_pairs(path):
+    """A file of JSON lines {"prompt": ..., "chosen": ..., "rejected": ...} -> list of Pair.
+
+    Pairs with equal answers say nothing: they are dropped, with a warning that counts them.
+    InputError names the file, the line and the field; OSError if the file cannot be read.
+    """
+    pairs, equal = [], 0
+    with open(path, "rb") as file:  # bytes: text that is not UTF-8 is then an error of its line
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}:{number}: not a line of JSON ({error})") from None
+            if not isinstance(record, dict):
+                raise InputError(f"{path}:{number}: not a JSON object with {', '.join(Pair._fields)}")
+            for field in Pair._fields:
+                if field not in record:
+                    raise InputError(f'{path}:{number}: "{field}" is missing')
+                if not isinstance(record[field], str) or not record[field].strip():
+                    raise InputError(f'{path}:{number}: "{field}" must be text and not empty')
+            pair = Pair(record["prompt"], record["chosen"], record["rejected"])
+            if pair.chosen == pair.rejected:
+                equal += 1
+            else:
+                pairs.append(pair)
+    if equal:
+        warnings.warn(f"{path}: pairs with equal answers, dropped: {equal}")
+    if not pairs:
+        raise InputError(f"{path}: holds no usable pair")
+    return pairs
+
+
+# Text -> token ids
+
+
+def get_tokenizer(name):
+    """A tiktoken.Encoding: "toy" (the toy world's words), "bytes" (any text, no download), or one
+    of tiktoken's own such as "gpt2", whose files are downloaded once. InputError if it can't be had.
+    """
+    if name == "toy":
+        return ToyWorld().tokenizer
+    if name == "bytes":  # one character at a time and nothing to merge: every token is a byte
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        return tiktoken.Encoding(
+            "bytes", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens={END: 256}
+        )
+    if name not in tiktoken.list_encoding_names():
+        known = ", ".join(["toy", "bytes", *tiktoken.list_encoding_names()])
+        raise InputError(f'unknown tokenizer "{name}"; there are {known}')
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:  # whatever its download library raises
+        raise InputError(
+            f'tokenizer "{name}": its files could not be downloaded ({type(error).__name__}); put '
+            "them into a folder named by TIKTOKEN_CACHE_DIR, or use --tokenizer bytes"
+        ) from None
+
+
+class WordEncoding(tiktoken.Encoding):
+    """A closed vocabulary, a token for each word with the space before it (tiktoken panics on others)."""
+
+    def __init__(self, words):
+        ranks = {word.encode(): rank for rank, word in enumerate(words)}
+        super().__init__(
+            "toy", pat_str=r" ?\S+|\s", mergeable_ranks=ranks, special_tokens={END: len(ranks)}
+        )
+        self.words = set(words)
+
+    def encode_ordinary(self, text):
+        for word in re.findall(r" ?\S+|\s", text):
+            if word not in self.words:
+                raise InputError(f'"{word}" is not a word of the toy world: {sorted(self.words)}')
+        return super().encode_ordinary(text)
+
+
+class TokenPair(NamedTuple):
+    """Token ids of a Pair. An empty `rejected` makes it a plain sequence, as SFT wants it."""
+
+    prompt: list
+    chosen: list
+    rejected: list
+
+
+def encode_pairs(pairs, tokenizer, block_size, max_answer=None):
+    """Pairs -> list of TokenPair, each prompt and answer encoded by itself, answers closed by the
+    end token, so that no token straddles the boundary and the policy is taught to stop.
+
+    A prompt is cut on its left until the longer answer fits into the block beside it; a pair with
+    an answer that leaves no room for a prompt is dropped. Both are warned of and counted.
+    `max_answer` is the toy world's rule: after that many words the answer is over without an end
+    token. InputError if no pair is left.
+    """
+    encode = functools.cache(tokenizer.encode_ordinary)
+    rows, cut, dropped = [], 0, 0
+    for pair in pairs:
+        prompt, *answers = [encode(text) for text in pair]
+        chosen, rejected = [(ids + [tokenizer.eot_token])[:max_answer] for ids in answers]
+        room = block_size - max(len(chosen), len(rejected))
+        if not prompt:
+            raise InputError(f"a prompt is empty, and its last token predicts the answer: {pair}")
+        if room < 1:
+            dropped += 1
+            continue
+        cut += len(prompt) > room
+        rows.append(TokenPair(prompt[-room:], chosen, rejected))
+    if cut:
+        warnings.warn(f"prompts longer than the block of {block_size} tokens, cut on the left: {cut}")
+    if dropped:
+        warnings.warn(f"answers longer than the block of {block_size} tokens, pairs dropped: {dropped}")
+    if not rows:
+        raise InputError(f"no pair fits into the block of {block_size} tokens")
+    return rows
+
+
+# Token ids -> one row a pair
+
+
+class Batch(NamedTuple):
+    """B pairs as B rows, and for each of N answer tokens where it is predicted and whose it is."""
+
+    ids: torch.Tensor  # (B, T)
+    positions: torch.Tensor  # (B, T)
+    mask: torch.Tensor  # (B, T, T), True where row i may look at column j
+    score_at: torch.Tensor  # (N,), places in the flattened (B * T)
+    targets: torch.Tensor  # (N,), the token predicted there
+    owner: torch.Tensor  # (N,), i for chosen answer i, B + i for rejected answer i
+    pair_ids: torch.Tensor  # (B,), which pair each row is, for its reference log-probs
+
+    def to(self, device):
+        return Batch(*(tensor.to(device) for tensor in self))
+
+
+def collate(rows, pair_ids):
+    """The TokenPairs rows[i] for i in pair_ids -> Batch, each row [prompt | chosen | rejected].
+
+    Both answers hang off one prompt: each sees it and itself, never the other. The mask, in blocks:
+
+                   prompt  chosen  rejected
+        prompt       \\                            \\ = causal: itself and what came before
+        chosen       all     \\
+        rejected     all     -        \\           - = nothing
+
+    Three traps. (1) The last prompt token predicts the first token of both answers, so it is scored
+    twice. (2) An answer's last token is scored but never fed: nothing follows it. (3) Padding sees
+    itself: a row that may look at nothing is 0/0. It is scored nowhere, so its id is of no account.
+    """
+    pair_ids = torch.as_tensor(pair_ids)
+    picked = [rows[i] for i in pair_ids.tolist()]
+    B = len(picked)
+    lengths = torch.tensor([[len(part) for part in row] for row in picked])
+    prompt, chosen, rejected = lengths.T[:, :, None]  # each (B, 1)
+    chosen_end = prompt + chosen - 1  # where the rejected answer starts
+    row_end = chosen_end + (rejected - 1).clamp(min=0)
+
+    place = torch.arange(int(row_end.max()))  # (T,)
+    block = 0 + (place >= prompt) + (place >= chosen_end) + (place >= row_end)  # 3 is padding
+    ids = torch.zeros_like(block)
+    ids[block < 3] = torch.tensor(
+        [token for row in picked for token in row.prompt + row.chosen[:-1] + row.rejected[:-1]]
+    )
+    positions = torch.where(block == 2, place - (chosen - 1), place)  # the second answer restarts
+    positions[block == 3] = 0
+    same = block[:, :, None] == block[:, None, :]
+    mask = (same | (block == 0)[:, None, :]) & (place[:, None] >= place)
+
+    counts = torch.cat([chosen, rejected]).flatten()  # (2B,), scored tokens of each answer
+    owner = torch.arange(2 * B).repeat_interleave(counts)
+    pair = owner % B
+    k = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]  # k-th token of its answer
+    skip = torch.where((owner >= B) & (k > 0), chosen[pair, 0] - 1, 0)  # over the chosen answer
+    score_at = pair * len(place) + prompt[pair, 0] - 1 + k + skip
+    answers = [row.chosen for row in picked] + [row.rejected for row in picked]
+    targets = torch.tensor([token for answer in answers for token in answer])
+    return Batch(ids, positions, mask, score_at, targets, owner, pair_ids)
+
+
+def epoch(rows, batch_size, generator):
+    """One epoch's batches, a list of index tensors: every row once, in an order that `generator`
+    draws. Rows of similar length share a batch, so that little is padded: shuffle, sort by length
+    inside pools of 16 batches, cut into batches, shuffle the batches.
+    """
+    lengths = torch.tensor([sum(map(len, row)) for row in rows])
+    shuffled = torch.randperm(len(rows), generator=generator)
+    batches = []
+    for pool in shuffled.split(16 * batch_size):
+        batches += pool[lengths[pool].argsort(stable=True)].split(batch_size)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+
+# The toy world
+
+
+NOUNS = ["film", "hotel", "curry"]
+OPINIONS = {  # what an adjective says of a film, a hotel, a curry
+    "good": (2.0, 2.0, 2.0),
+    "dull": (-2.0, -1.0, -1.5),
+    "quiet": (-0.5, 1.5, 0.0),
+    "funny": (1.5, -0.5, -2.0),
+    "hot": (0.0, -1.5, 1.5),
+    "cheap": (-1.5, 1.0, 0.5),
+}
+DEGREES = {"not": -1.0, "very": 1.5, "quite": 0.5}
+
+
+class Drawn(NamedTuple):
+    """n preferences in the toy world: places in its prompts and answers, each (n,)."""
+
+    prompt: torch.Tensor
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    p: torch.Tensor  # how many of endless annotators prefer `chosen`; 1 where one has spoken
+
+
+class ToyWorld:
+    """A language of reviews so small that every answer is listed: " The film was" " not very dull".
+
+    Any up to K = 3 of the W words make an answer, nonsense included, so a prompt has
+    Y = 1 + W + W^2 + W^3 of them: 2,955 for W = 14, or 1,111 for size="small", W = 10. Fewer than
+    K words are followed by the end token; after the K-th word the answer is over without one.
+
+    prompts: P texts; answers: Y texts; rewards: the true r*, (P, Y) float64. The world is fixed;
+    what is drawn in it (corpus, pairs, labels) comes from a torch.Generator.
+    """
+
+    K = 3
+
+    def __init__(self, size="default"):
+        sizes = {"default": (3, 6, 3), "small": (2, 4, 2)}
+        if size not in sizes:
+            raise InputError(f'unknown size of the toy world "{size}"; there are default and small')
+        nouns, opinions, degrees = sizes[size]
+        self.nouns = NOUNS[:nouns]
+        self.opinions = list(OPINIONS)[:opinions]
+        self.degrees = list(DEGREES)[:degrees]
+        words = ["The", "was", *self.nouns, *self.opinions, *self.degrees]
+        self.tokenizer = WordEncoding([" " + word for word in words])
+        self.W = self.tokenizer.eot_token  # token ids 0 .. W-1 are words, W is the end
+        self.prompts = [f" The {noun} was" for noun in self.nouns]
+        self.prompt_ids = torch.tensor([self.tokenizer.encode_ordinary(x) for x in self.prompts])
+        listed = [y for n in range(self.K + 1) for y in itertools.product(range(self.W), repeat=n)]
+        self.answers = [self.tokenizer.decode(y) for y in listed]
+        self.rewards = torch.tensor(
+            [[self.reward(x, y) for y in self.answers] for x in self.prompts], dtype=torch.float64
+        )
+
+    def reward(self, prompt, answer):
+        """r*(x, y): the mean of its opinions, each turned by the degrees before it. Not a sum over
+        words, and not for the long: "not" flips, "very" strengthens, the noun decides what is good.
+        """
+        noun = NOUNS.index(prompt.split()[1])
+        opinions, degree = [], 1.0
+        for word in answer.split():
+            if word in DEGREES:
+                degree *= DEGREES[word]
+            else:
+                if word in OPINIONS:
+                    opinions.append(degree * OPINIONS[word][noun])
+                degree = 1.0
+        return sum(opinions) / max(len(opinions), 1)
+
+    def corpus(self, generator, n=20_000, slip=0.2):
+        """n sentences to teach the reference, as Pairs without a rejected answer. Grammatical,
+        [not] [very | quite] opinion, but for the share `slip` of tokens drawn from all W + 1: with
+        no slips the reference would cover too little of its space for Eq. 7 to find the optimum.
+        """
+        K, end = self.K, self.tokenizer.eot_token
+        degrees = ["", *(" " + degree for degree in self.degrees if degree != "not")]
+        grammar = itertools.product(["", " not"], degrees, self.opinions)
+        encoded = [self.tokenizer.encode_ordinary(f"{a}{b} {c}") for a, b, c in grammar]
+        sentences = torch.tensor([(ids + [end] * K)[:K] for ids in encoded])
+        tokens = sentences[torch.randint(len(sentences), (n,), generator=generator)]
+        slips = torch.rand(n, K, generator=generator) < slip
+        tokens = torch.where(slips, torch.randint(self.W + 1, (n, K), generator=generator), tokens)
+        prompts = torch.randint(len(self.prompts), (n,), generator=generator)
+        rows = []
+        for x, y in zip(prompts.tolist(), tokens.tolist()):
+            length = (y + [end]).index(end)
+            rows.append(Pair(self.prompts[x], self.tokenizer.decode(y[:length]), ""))
+        return rows
+
+    def draw_pairs(self, logps, n, labels, generator):
+        """n preferences between two answers drawn from the policy with these logps (P, Y).
+
+        labels: "hard" draws the winner by Bradley-Terry (Eq. 1) on r*, so p = 1; "soft" keeps the
+        Bradley-Terry p itself; "deterministic" lets the higher reward win. Equal answers are kept.
+        """
+        prompt = torch.randint(len(self.prompts), (n,), generator=generator)
+        pairs = torch.empty(n, 2, dtype=torch.long)
+        for x, probs in enumerate(logps.exp()):
+            mine = prompt == x
+            drawn = torch.multinomial(probs, 2 * int(mine.sum()), replacement=True, generator=generator)
+            pairs[mine] = drawn.view(-1, 2)
+        margins = self.rewards[prompt, pairs[:, 0]] - self.rewards[prompt, pairs[:, 1]]
+        p = torch.sigmoid(margins)  # (1)
+        if labels == "hard":
+            flip = torch.rand(n, generator=generator) > p
+        elif labels == "deterministic":
+            flip = margins < 0
+        else:
+            return Drawn(prompt, pairs[:, 0], pairs[:, 1], p)
+        chosen = torch.where(flip, pairs[:, 1], pairs[:, 0])
+        rejected = torch.where(flip, pairs[:, 0], pairs[:, 1])
+        return Drawn(prompt, chosen, rejected, torch.ones_like(p))
+
+    def texts(self, drawn):
+        """What was drawn, as a list of Pair."""
+        return [
+            Pair(self.prompts[x], self.answers[w], self.answers[l])
+            for x, w, l in zip(drawn.prompt.tolist(), drawn.chosen.tolist(), drawn.rejected.tolist())
+        ]
+
+    @torch.no_grad()
+    def logps(self, model):
+        """log pi(y|x) of every answer to every prompt under the model: (P, Y) float64, exactly.
+
+        Only the W^(K-1) longest prefixes are fed: causality gives the shorter ones on the way.
+        """
+        K, W = self.K, self.W
+        prefixes = torch.tensor(list(itertools.product(range(W), repeat=K - 1)))
+        device = model.wte.weight.device
+        table = []
+        for prompt in self.prompt_ids:
+            ids = torch.cat([prompt.expand(len(prefixes), -1), prefixes], 1)
+            logits = model(ids.to(device))[:, len(prompt) - 1 :].cpu()  # (W^(K-1), K, W + 1)
+            logps = logits.double().log_softmax(-1)
+            so_far, listed = torch.zeros(1, dtype=torch.float64), []
+            for k in range(K):  # so_far (W^k,): log-probs of the k-word beginnings
+                longer = so_far[:, None] + logps[:: W ** (K - 1 - k), k]  # (W^k, W + 1)
+                listed.append(longer[:, W])  # the end: an answer of k words
+                so_far = longer[:, :W].flatten()
+            table.append(torch.cat([*listed, so_far]))  # K words: over without an end
+        return torch.stack(table)

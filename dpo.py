@@ -1,0 +1,177 @@
+"""Direct Preference Optimization, equation by equation (Rafailov et al. 2023).
+
+Equation numbers, in brackets at the end of a line, are those printed in arXiv 2305.18290 v3.
+The paper's letters: y_w is chosen, y_l rejected, r-hat the implicit reward, sigma the sigmoid.
+
+Every log-prob is log pi(y|x): the sum over an answer's tokens, end-of-text included, in nats.
+B pairs, K ranked answers, Y all answers there are, N scored tokens, T positions, V vocabulary.
+
+Nothing here knows about models or files but `response_logps`, which turns a batch of pairs into
+the four sums of Eq. 7 (two from the policy; two from the reference, computed once by train.py).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+
+# Preferences -> rewards: the road of section 3, which DPO replaces
+
+
+def bradley_terry(rewards_1, rewards_2):
+    """P(y_1 beats y_2 | x): only the difference of the two rewards counts. Any equal shapes. Eq. 1."""
+    return torch.sigmoid(rewards_1 - rewards_2)  # (1): exp r1 / (exp r1 + exp r2)
+
+
+def reward_model_loss(chosen_rewards, rejected_rewards):
+    """-log P(chosen beats rejected) of each pair, (B,), (B,) -> (B,). Eq. 2 before its mean."""
+    return -F.logsigmoid(chosen_rewards - rejected_rewards)  # (2)
+
+
+def kl_divergence(logps, other_logps):
+    """KL(pi || other) in nats; the last dimension lists every answer: (..., Y) -> (...)."""
+    probs = logps.exp()
+    return torch.where(probs > 0, probs * (logps - other_logps), 0).sum(-1)  # 0 log 0 = 0
+
+
+def rlhf_objective(policy_logps, ref_logps, rewards, beta):
+    """J = E_pi[r] - beta KL(pi || pi_ref), exactly: three (..., Y) -> (...), in reward's unit. Eq. 3.
+
+    The last dimension lists every answer, so this is a sum, not an estimate from samples.
+    """
+    expected_reward = (policy_logps.exp() * rewards).sum(-1)
+    return expected_reward - beta * kl_divergence(policy_logps, ref_logps)  # (3)
+
+
+# Rewards -> the best policy, and back: section 4
+
+
+def optimal_policy(ref_logps, rewards, beta):
+    """The policy that maximises Eq. 3, in closed form, and its normaliser. Eq. 4.
+
+    Two (..., Y) -> log pi_r(y|x) (..., Y) and log Z(x) (...). ValueError unless beta > 0.
+    """
+    check_beta(beta)
+    unnormalised = ref_logps + rewards / beta
+    log_Z = unnormalised.logsumexp(-1)  # Z(x) sums over all answers: listed here, hopeless in general
+    return unnormalised - log_Z[..., None], log_Z  # (4)
+
+
+def implicit_reward(policy_logps, ref_logps, beta):
+    """The reward for which this policy is optimal, up to beta log Z(x). Any equal shapes. Eq. 5."""
+    check_beta(beta)
+    return beta * (policy_logps - ref_logps)  # (5) without beta log Z(x), the same for all answers
+
+
+# Preferences -> the policy, no reward model between: Eq. 7
+
+
+class DPOLoss(NamedTuple):
+    """What `dpo_loss` says of each pair, all (B,). Only `losses` carries gradient."""
+
+    losses: torch.Tensor
+    weights: torch.Tensor  # sigma(r_rejected - r_chosen), in (0, 1)
+    chosen_rewards: torch.Tensor
+    rejected_rewards: torch.Tensor
+
+
+def dpo_loss(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1
+):
+    """Eq. 7 for each pair: four (B,) sums of log-probs -> DPOLoss. Its mean is what one minimises.
+
+    Where the policy equals the reference every loss is log 2 = 0.6931 and every weight 1/2.
+    ValueError unless beta > 0.
+    """
+    check_shapes(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    chosen_rewards = implicit_reward(policy_chosen_logps, ref_chosen_logps, beta)  # (5)
+    rejected_rewards = implicit_reward(policy_rejected_logps, ref_rejected_logps, beta)
+    margins = chosen_rewards - rejected_rewards  # (6): beta log Z(x) is in both and cancels
+    losses = -F.logsigmoid(margins)  # (7): Eq. 2 with the policy's own reward
+    weights = torch.sigmoid(rejected_rewards - chosen_rewards)  # section 4: near 1 if wrongly ranked
+    return DPOLoss(losses, weights.detach(), chosen_rewards.detach(), rejected_rewards.detach())
+
+
+def dpo_gradient(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1
+):
+    """The gradient of each pair's Eq. 7 loss by hand, as displayed in section 4: both (B,).
+
+    -> d loss / d policy_chosen_logps, d loss / d policy_rejected_logps. Descent raises the chosen
+    answer and lowers the rejected one, most where r-hat ranks them confidently the wrong way round.
+    (Appendix A.4 prints the weight as sigma(r_chosen - r_rejected): a misprint, as are the signs in
+    Eq. 21. At policy == reference both weights are 1/2, so a check there cannot tell.)
+    """
+    check_shapes(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    chosen_rewards = implicit_reward(policy_chosen_logps, ref_chosen_logps, beta)
+    rejected_rewards = implicit_reward(policy_rejected_logps, ref_rejected_logps, beta)
+    weights = torch.sigmoid(rejected_rewards - chosen_rewards)
+    return -beta * weights, beta * weights
+
+
+# More than two answers: appendix A.3
+
+
+def plackett_luce_logps(rewards):
+    """log P(this ranking | x), answers in the order of the ranking: (..., K), best first -> (...).
+
+    The winner is drawn with odds exp(r), then the runner-up from the rest, and so on. Eq. 18.
+    """
+    still_in = rewards.flip(-1).logcumsumexp(-1).flip(-1)  # log sum over j >= k of exp r_j
+    return (rewards - still_in).sum(-1)  # (18)
+
+
+def plackett_luce_loss(policy_logps, ref_logps, beta=0.1):
+    """Eq. 20 for each ranking: two (B, K), best first -> (B,). With K = 2 it is Eq. 7."""
+    check_shapes(policy_logps, ref_logps, dims=2)
+    rewards = implicit_reward(policy_logps, ref_logps, beta)  # Z(x) cancels here too
+    return -plackett_luce_logps(rewards)  # (19) is Eq. 18 at the implicit reward; (20) its -log
+
+
+# log pi(y|x) from a model
+
+
+def sequence_logps(logits, ids, mask):
+    """log pi(y|x) the plain way, a row for each answer: (B, T, V), (B, T), (B, T) -> (B,).
+
+    `mask` is True at the tokens of the answer (end-of-text too), False at prompt and padding.
+    Summed, never averaged. In at least float32.
+    """
+    assert ids.shape == mask.shape == logits.shape[:2], (logits.shape, ids.shape, mask.shape)
+    logps = at_least_float32(logits[:, :-1]).log_softmax(-1)  # position t predicts token t + 1
+    logps = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)  # (B, T-1)
+    return torch.where(mask[:, 1:].bool(), logps, 0).sum(-1)  # `where`: 0 * -inf would be NaN
+
+
+def response_logps(model, batch):
+    """log pi(y|x) of both answers of each pair row, in at least float32: (chosen (B,), rejected (B,)).
+
+    `batch` is data.Batch: the model gives logits (N, V) only where a token of an answer is scored;
+    the log-prob of target n belongs to chosen answer i if owner[n] = i, to rejected i if B + i.
+    """
+    B = len(batch.ids)
+    logits = model(batch.ids, batch.positions, batch.mask, batch.score_at)  # (N, V)
+    logps = at_least_float32(logits).log_softmax(-1)
+    logps = logps.gather(-1, batch.targets[:, None]).squeeze(-1)  # (N,)
+    sums = logps.new_zeros(2 * B).index_add(0, batch.owner, logps)
+    return sums[:B], sums[B:]
+
+
+def at_least_float32(logits):
+    """A log-softmax in bfloat16 is off by whole nats in a long sum; float64 stays as it is."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def check_beta(beta):
+    if not beta > 0:  # at beta = 0 the loss is log 2 for ever and the gradient 0
+        raise ValueError(f"beta must be greater than 0, got {beta}")
+
+
+def check_shapes(first, *others, dims=1):
+    """Broadcasting a (B, 1) against a (B,) would give B * B pairs and a plausible loss."""
+    for other in others:
+        assert first.dim() == dims and first.shape == other.shape, (first.shape, other.shape)
+
+
+LOSSES = {"dpo": dpo_loss}  # what --loss offers: functions of the same four sums

@@ -1,0 +1,200 @@
+"""The policy: a GPT-2 in plain sight. Learned positions, pre-norm, tanh GELU, tied head.
+
+B batch, T positions, C channels, V vocabulary, N scored positions. Parameter names are those of
+GPT-2's published checkpoints, so from_pretrained only has to transpose the four projections.
+Left out on purpose: dropout (so there is no train or eval mode to forget) and a key-value cache.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    """The shape of the network; the defaults are GPT-2's (124M parameters)."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024  # the block: no prompt plus answer may be longer
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, mask):
+        B, T, C = x.shape
+        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).chunk(3, -1))
+        if mask is None:
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])  # all heads alike
+        return self.c_proj(x.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, mask):
+        x = x + self.attn(self.ln_1(x), mask)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, parameter in self.named_parameters():  # GPT-2's: N(0, 0.02), biases 0, gains 1
+            if name.endswith("c_proj.weight"):  # 2 n_layer branches add up in the residual stream
+                nn.init.normal_(parameter, std=0.02 / (2 * config.n_layer) ** 0.5)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, ids, positions=None, mask=None, score_at=None):
+        """Token ids (B, T) -> logits (B, T, V) of each next token.
+
+        A pair row (data.collate) brings three more arguments: positions (B, T), since the second
+        answer's restart where the prompt ends; mask (B, T, T), True where row i may look at j; and
+        score_at (N,), places in the flattened (B * T), which alone get logits: (N, V).
+        """
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)
+        x = self.wte(ids) + self.wpe(positions)  # (B, T, C)
+        for block in self.h:
+            x = block(x, mask)
+        if score_at is not None:
+            x = x.flatten(0, 1)[score_at]  # (N, C): the big product below only where it is needed
+        return self.ln_f(x) @ self.wte.weight.T  # the head is the embedding, transposed
+
+    @torch.no_grad()
+    def generate(
+        self, ids, max_new_tokens, temperature=1.0, top_k=None, stop_token=None, generator=None
+    ):
+        """Continue prompts of one length, (B, T) -> (B, T + n), n <= max_new_tokens.
+
+        Draws from softmax(logits / temperature), the policy itself at 1, its likeliest token at 0;
+        top_k keeps only the k likeliest. After its stop token a row holds nothing but stop tokens.
+        Past n_positions the oldest tokens are forgotten.
+        """
+        B = len(ids)
+        stopped = torch.zeros(B, 1, dtype=torch.bool, device=ids.device)
+        for _ in range(max_new_tokens):
+            context = ids[:, -self.config.n_positions :]
+            last = torch.arange(1, B + 1, device=ids.device) * context.shape[1] - 1
+            logits = self(context, score_at=last).float()  # (B, V)
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, -torch.inf)
+            if temperature == 0:
+                token = logits.argmax(-1, keepdim=True)
+            else:
+                token = (logits / temperature).softmax(-1).multinomial(1, generator=generator)
+            if stop_token is not None:
+                token = token.masked_fill(stopped, stop_token)
+                stopped = token == stop_token
+            ids = torch.cat([ids, token], 1)
+            if stopped.all():
+                break
+        return ids
+
+    @classmethod
+    def from_pretrained(cls, name):
+        """GPT-2's weights by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl: downloaded once), or any
+        folder in Hugging Face's GPT-2 format. ValueError or OSError, in one line, if they can't be read.
+        """
+        folder = Path(name)
+        if name in PUBLISHED:
+            config = GPTConfig(n_embd=PUBLISHED[name][0], n_layer=PUBLISHED[name][1], n_head=PUBLISHED[name][2])
+            url = f"https://huggingface.co/openai-community/{name}/resolve/main/pytorch_model.bin"
+            state = torch.hub.load_state_dict_from_url(
+                url, map_location="cpu", file_name=f"{name}.bin", weights_only=True
+            )
+        elif (folder / "config.json").is_file():
+            given = json.loads((folder / "config.json").read_text())
+            config = GPTConfig(**{key: given[key] for key in asdict(GPTConfig()) if key in given})
+            state = read_weights(folder)
+        else:
+            raise ValueError(f"{name}: neither a folder with a config.json nor one of {', '.join(PUBLISHED)}")
+        model = cls(config)
+        ours = {}
+        for key, tensor in state.items():
+            key = key.removeprefix("transformer.")
+            if key.endswith((".attn.bias", ".attn.masked_bias")) or key == "lm_head.weight":
+                continue  # the causal mask, which is no weight, and the head, which is wte
+            ours[key] = tensor.T if key.endswith(TRANSPOSED) else tensor
+        try:
+            model.load_state_dict(ours)
+        except RuntimeError as error:
+            raise ValueError(f"{name}: weights of another shape: {str(error).splitlines()[1].strip()}") from None
+        return model
+
+    def save_pretrained(self, folder):
+        """Write config.json and pytorch_model.bin as Hugging Face's GPT-2 has them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {}
+        for key, tensor in self.state_dict().items():
+            tensor = tensor.detach().cpu()
+            state["transformer." + key] = tensor.T.contiguous() if key.endswith(TRANSPOSED) else tensor
+        config = asdict(self.config) | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+        torch.save(state, folder / "pytorch_model.bin.tmp")  # beside, then renamed: never half a file
+        os.replace(folder / "pytorch_model.bin.tmp", folder / "pytorch_model.bin")
+        (folder / "config.json.tmp").write_text(json.dumps(config, indent=2))
+        os.replace(folder / "config.json.tmp", folder / "config.json")
+
+
+PUBLISHED = {  # n_embd, n_layer, n_head
+    "gpt2": (768, 12, 12),
+    "gpt2-medium": (1024, 24, 16),
+    "gpt2-large": (1280, 36, 20),
+    "gpt2-xl": (1600, 48, 25),
+}
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there, (out, in) here
+
+
+def read_weights(folder):
+    """The tensors of pytorch_model.bin, read without running any code in it, or of model.safetensors."""
+    try:
+        if (folder / "pytorch_model.bin").is_file():
+            return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        if (folder / "model.safetensors").is_file():
+            from safetensors.torch import load_file
+
+            return load_file(folder / "model.safetensors")
+    except ImportError:
+        raise ValueError(f"{folder}: to read model.safetensors, pip install safetensors") from None
+    except Exception as error:
+        raise ValueError(f"{folder}: unreadable weights ({str(error).splitlines()[0]})") from None
+    raise ValueError(f"{folder}: holds neither pytorch_model.bin nor model.safetensors")
