@@ -1,7 +1,7 @@
 """From text to the rows that the model eats, and the toy world in which everything is known.
 
-text pair -> token ids -> one row a pair -> Batch; dpo.response_logps turns a Batch into log-probs.
-B pairs, T positions, N scored tokens; in the toy world P prompts, W words, Y answers to each prompt.
+text pair -> token ids -> one row a pair -> Batch -> dpo.response_logps -> log-probs.
+B pairs, T positions, N scored tokens; in the toy world P prompts, W words, Y answers to each.
 """
 
 import functools
@@ -18,7 +18,7 @@ END = "<|endoftext|>"  # every tokenizer here has it: the token that says an ans
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave us; the message is one line that says where and what to do."""
+    """A mistake in what the user gave us: one line that says where and what to do."""
 
 
 # Preference pairs
@@ -38,7 +38,7 @@ def load_pairs(path):
     Pairs with equal answers say nothing: they are dropped, with a warning that counts them.
     InputError names the file, the line and the field; OSError if the file cannot be read.
     """
-    pairs, equal = [], 0
+    pairs = []
     with open(path, "rb") as file:  # bytes: text that is not UTF-8 is then an error of its line
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -48,22 +48,20 @@ def load_pairs(path):
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}:{number}: not a line of JSON ({error})") from None
             if not isinstance(record, dict):
-                raise InputError(f"{path}:{number}: not a JSON object with {', '.join(Pair._fields)}")
+                raise InputError(
+                    f"{path}:{number}: not a JSON object with {', '.join(Pair._fields)}"
+                )
             for field in Pair._fields:
-                if field not in record:
-                    raise InputError(f'{path}:{number}: "{field}" is missing')
-                if not isinstance(record[field], str) or not record[field].strip():
-                    raise InputError(f'{path}:{number}: "{field}" must be text and not empty')
-            pair = Pair(record["prompt"], record["chosen"], record["rejected"])
-            if pair.chosen == pair.rejected:
-                equal += 1
-            else:
-                pairs.append(pair)
-    if equal:
-        warnings.warn(f"{path}: pairs with equal answers, dropped: {equal}")
-    if not pairs:
+                if not isinstance(record.get(field), str) or not record[field].strip():
+                    raise InputError(f'{path}:{number}: "{field}" must be there, text, not empty')
+            pairs.append(Pair(*(record[field] for field in Pair._fields)))
+    usable = [pair for pair in pairs if pair.chosen != pair.rejected]
+    if len(usable) < len(pairs):
+        equal = len(pairs) - len(usable)
+        warnings.warn(f"{path}: pairs dropped, their answers are equal: {equal}", stacklevel=2)
+    if not usable:
         raise InputError(f"{path}: holds no usable pair")
-    return pairs
+    return usable
 
 
 # Text -> token ids
@@ -71,18 +69,17 @@ def load_pairs(path):
 
 def get_tokenizer(name):
     """A tiktoken.Encoding: "toy" (the toy world's words), "bytes" (any text, no download), or one
-    of tiktoken's own such as "gpt2", whose files are downloaded once. InputError if it can't be had.
+    of tiktoken's own such as "gpt2", downloaded once. InputError if it can't be had.
     """
     if name == "toy":
         return ToyWorld().tokenizer
     if name == "bytes":  # one character at a time and nothing to merge: every token is a byte
         ranks = {bytes([byte]): byte for byte in range(256)}
-        return tiktoken.Encoding(
-            "bytes", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens={END: 256}
-        )
-    if name not in tiktoken.list_encoding_names():
-        known = ", ".join(["toy", "bytes", *tiktoken.list_encoding_names()])
-        raise InputError(f'unknown tokenizer "{name}"; there are {known}')
+        end = {END: 256}
+        return tiktoken.Encoding(name, pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens=end)
+    known = ["toy", "bytes", *tiktoken.list_encoding_names()]
+    if name not in known:
+        raise InputError(f'unknown tokenizer "{name}"; there are {", ".join(known)}')
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # whatever its download library raises
@@ -93,19 +90,17 @@ def get_tokenizer(name):
 
 
 class WordEncoding(tiktoken.Encoding):
-    """A closed vocabulary, a token for each word with the space before it (tiktoken panics on others)."""
+    """A closed vocabulary, a token for each word with the space before it."""
 
     def __init__(self, words):
-        ranks = {word.encode(): rank for rank, word in enumerate(words)}
-        super().__init__(
-            "toy", pat_str=r" ?\S+|\s", mergeable_ranks=ranks, special_tokens={END: len(ranks)}
-        )
-        self.words = set(words)
+        self.ranks = {f" {word}".encode(): rank for rank, word in enumerate(words)}
+        end = {END: len(words)}
+        super().__init__("toy", pat_str=r" ?\S+|\s", mergeable_ranks=self.ranks, special_tokens=end)
 
     def encode_ordinary(self, text):
-        for word in re.findall(r" ?\S+|\s", text):
-            if word not in self.words:
-                raise InputError(f'"{word}" is not a word of the toy world: {sorted(self.words)}')
+        for word in re.findall(r" ?\S+|\s", text):  # tiktoken itself would panic on an unknown one
+            if word.encode() not in self.ranks:
+                raise InputError(f'"{word}" is not a word of the toy world, nor is a lone space')
         return super().encode_ordinary(text)
 
 
@@ -139,12 +134,13 @@ def encode_pairs(pairs, tokenizer, block_size, max_answer=None):
             continue
         cut += len(prompt) > room
         rows.append(TokenPair(prompt[-room:], chosen, rejected))
+    block = f"the block of {block_size} tokens"
     if cut:
-        warnings.warn(f"prompts longer than the block of {block_size} tokens, cut on the left: {cut}")
+        warnings.warn(f"prompts cut on the left to fit into {block}: {cut}", stacklevel=2)
     if dropped:
-        warnings.warn(f"answers longer than the block of {block_size} tokens, pairs dropped: {dropped}")
+        warnings.warn(f"pairs dropped, an answer too long for {block}: {dropped}", stacklevel=2)
     if not rows:
-        raise InputError(f"no pair fits into the block of {block_size} tokens")
+        raise InputError(f"no pair fits into {block}")
     return rows
 
 
@@ -210,17 +206,18 @@ def collate(rows, pair_ids):
     return Batch(ids, positions, mask, score_at, targets, owner, pair_ids)
 
 
-def epoch(rows, batch_size, generator):
-    """One epoch's batches, a list of index tensors: every row once, in an order that `generator`
-    draws. Rows of similar length share a batch, so that little is padded: shuffle, sort by length
-    inside pools of 16 batches, cut into batches, shuffle the batches.
+def batches(rows, batch_size, generator):
+    """Batches of indices, epoch after epoch without end: every row once an epoch, in an order that
+    `generator` draws anew. Rows of similar length share a batch, so that little is padded: shuffle,
+    sort by length inside pools of 16 batches, cut, shuffle the batches. The last may be short.
     """
     lengths = torch.tensor([sum(map(len, row)) for row in rows])
-    shuffled = torch.randperm(len(rows), generator=generator)
-    batches = []
-    for pool in shuffled.split(16 * batch_size):
-        batches += pool[lengths[pool].argsort(stable=True)].split(batch_size)
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+    while True:
+        epoch = []
+        for pool in torch.randperm(len(rows), generator=generator).split(16 * batch_size):
+            epoch += pool[lengths[pool].argsort(stable=True)].split(batch_size)
+        for i in torch.randperm(len(epoch), generator=generator):
+            yield epoch[i]
 
 
 # The toy world
@@ -261,17 +258,12 @@ class ToyWorld:
     K = 3
 
     def __init__(self, size="default"):
-        sizes = {"default": (3, 6, 3), "small": (2, 4, 2)}
-        if size not in sizes:
-            raise InputError(f'unknown size of the toy world "{size}"; there are default and small')
-        nouns, opinions, degrees = sizes[size]
-        self.nouns = NOUNS[:nouns]
-        self.opinions = list(OPINIONS)[:opinions]
-        self.degrees = list(DEGREES)[:degrees]
-        words = ["The", "was", *self.nouns, *self.opinions, *self.degrees]
-        self.tokenizer = WordEncoding([" " + word for word in words])
+        nouns, opinions, degrees = {"default": (3, 6, 3), "small": (2, 4, 2)}[size]
+        self.opinions, self.degrees = list(OPINIONS)[:opinions], list(DEGREES)[:degrees]
+        words = ["The", "was", *NOUNS[:nouns], *self.opinions, *self.degrees]
+        self.tokenizer = WordEncoding(words)
         self.W = self.tokenizer.eot_token  # token ids 0 .. W-1 are words, W is the end
-        self.prompts = [f" The {noun} was" for noun in self.nouns]
+        self.prompts = [f" The {noun} was" for noun in NOUNS[:nouns]]
         self.prompt_ids = torch.tensor([self.tokenizer.encode_ordinary(x) for x in self.prompts])
         listed = [y for n in range(self.K + 1) for y in itertools.product(range(self.W), repeat=n)]
         self.answers = [self.tokenizer.decode(y) for y in listed]
@@ -307,12 +299,9 @@ class ToyWorld:
         tokens = sentences[torch.randint(len(sentences), (n,), generator=generator)]
         slips = torch.rand(n, K, generator=generator) < slip
         tokens = torch.where(slips, torch.randint(self.W + 1, (n, K), generator=generator), tokens)
-        prompts = torch.randint(len(self.prompts), (n,), generator=generator)
-        rows = []
-        for x, y in zip(prompts.tolist(), tokens.tolist()):
-            length = (y + [end]).index(end)
-            rows.append(Pair(self.prompts[x], self.tokenizer.decode(y[:length]), ""))
-        return rows
+        prompts = torch.randint(len(self.prompts), (n,), generator=generator).tolist()
+        answers = [self.tokenizer.decode(y[: (y + [end]).index(end)]) for y in tokens.tolist()]
+        return [Pair(self.prompts[x], answer, "") for x, answer in zip(prompts, answers)]
 
     def draw_pairs(self, logps, n, labels, generator):
         """n preferences between two answers drawn from the policy with these logps (P, Y).
@@ -323,27 +312,22 @@ class ToyWorld:
         prompt = torch.randint(len(self.prompts), (n,), generator=generator)
         pairs = torch.empty(n, 2, dtype=torch.long)
         for x, probs in enumerate(logps.exp()):
-            mine = prompt == x
-            drawn = torch.multinomial(probs, 2 * int(mine.sum()), replacement=True, generator=generator)
-            pairs[mine] = drawn.view(-1, 2)
-        margins = self.rewards[prompt, pairs[:, 0]] - self.rewards[prompt, pairs[:, 1]]
+            of_x = prompt == x
+            pairs[of_x] = probs.multinomial(2 * of_x.sum(), True, generator=generator).view(-1, 2)
+        first, second = pairs.T
+        margins = self.rewards[prompt, first] - self.rewards[prompt, second]
         p = torch.sigmoid(margins)  # (1)
-        if labels == "hard":
-            flip = torch.rand(n, generator=generator) > p
-        elif labels == "deterministic":
-            flip = margins < 0
-        else:
-            return Drawn(prompt, pairs[:, 0], pairs[:, 1], p)
-        chosen = torch.where(flip, pairs[:, 1], pairs[:, 0])
-        rejected = torch.where(flip, pairs[:, 0], pairs[:, 1])
+        if labels == "soft":
+            return Drawn(prompt, first, second, p)
+        coin = torch.rand(n, generator=generator)
+        flip = {"hard": coin > p, "deterministic": margins < 0}[labels]
+        chosen, rejected = torch.where(flip, second, first), torch.where(flip, first, second)
         return Drawn(prompt, chosen, rejected, torch.ones_like(p))
 
     def texts(self, drawn):
         """What was drawn, as a list of Pair."""
-        return [
-            Pair(self.prompts[x], self.answers[w], self.answers[l])
-            for x, w, l in zip(drawn.prompt.tolist(), drawn.chosen.tolist(), drawn.rejected.tolist())
-        ]
+        places = zip(drawn.prompt.tolist(), drawn.chosen.tolist(), drawn.rejected.tolist())
+        return [Pair(self.prompts[x], self.answers[y], self.answers[z]) for x, y, z in places]
 
     @torch.no_grad()
     def logps(self, model):
@@ -353,11 +337,10 @@ class ToyWorld:
         """
         K, W = self.K, self.W
         prefixes = torch.tensor(list(itertools.product(range(W), repeat=K - 1)))
-        device = model.wte.weight.device
         table = []
         for prompt in self.prompt_ids:
             ids = torch.cat([prompt.expand(len(prefixes), -1), prefixes], 1)
-            logits = model(ids.to(device))[:, len(prompt) - 1 :].cpu()  # (W^(K-1), K, W + 1)
+            logits = model(ids.to(model.device))[:, len(prompt) - 1 :].cpu()  # (W^(K-1), K, W + 1)
             logps = logits.double().log_softmax(-1)
             so_far, listed = torch.zeros(1, dtype=torch.float64), []
             for k in range(K):  # so_far (W^k,): log-probs of the k-word beginnings

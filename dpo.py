@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 
 def bradley_terry(rewards_1, rewards_2):
-    """P(y_1 beats y_2 | x): only the difference of the two rewards counts. Any equal shapes. Eq. 1."""
+    """P(y_1 beats y_2 | x): only the difference of the rewards counts. Any equal shapes. Eq. 1."""
     return torch.sigmoid(rewards_1 - rewards_2)  # (1): exp r1 / (exp r1 + exp r2)
 
 
@@ -36,7 +36,7 @@ def kl_divergence(logps, other_logps):
 
 
 def rlhf_objective(policy_logps, ref_logps, rewards, beta):
-    """J = E_pi[r] - beta KL(pi || pi_ref), exactly: three (..., Y) -> (...), in reward's unit. Eq. 3.
+    """J = E_pi[r] - beta KL(pi || pi_ref), exactly: three (..., Y) -> (...), in units of r. Eq. 3.
 
     The last dimension lists every answer, so this is a sum, not an estimate from samples.
     """
@@ -54,7 +54,9 @@ def optimal_policy(ref_logps, rewards, beta):
     """
     check_beta(beta)
     unnormalised = ref_logps + rewards / beta
-    log_Z = unnormalised.logsumexp(-1)  # Z(x) sums over all answers: listed here, hopeless in general
+    log_Z = unnormalised.logsumexp(
+        -1
+    )  # Z(x) sums over all answers: listed here, hopeless in general
     return unnormalised - log_Z[..., None], log_Z  # (4)
 
 
@@ -89,7 +91,9 @@ def dpo_loss(
     rejected_rewards = implicit_reward(policy_rejected_logps, ref_rejected_logps, beta)
     margins = chosen_rewards - rejected_rewards  # (6): beta log Z(x) is in both and cancels
     losses = -F.logsigmoid(margins)  # (7): Eq. 2 with the policy's own reward
-    weights = torch.sigmoid(rejected_rewards - chosen_rewards)  # section 4: near 1 if wrongly ranked
+    weights = torch.sigmoid(
+        rejected_rewards - chosen_rewards
+    )  # section 4: near 1 if wrongly ranked
     return DPOLoss(losses, weights.detach(), chosen_rewards.detach(), rejected_rewards.detach())
 
 
@@ -108,6 +112,31 @@ def dpo_gradient(
     rejected_rewards = implicit_reward(policy_rejected_logps, ref_rejected_logps, beta)
     weights = torch.sigmoid(rejected_rewards - chosen_rewards)
     return -beta * weights, beta * weights
+
+
+def describe(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1
+):
+    """What one watches while training, of each pair, from the same four sums: a dict of (B,)."""
+    result = dpo_loss(
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
+    )
+    margins = result.chosen_rewards - result.rejected_rewards
+    return {
+        "loss": result.losses,
+        "margin": margins,
+        "weight": result.weights,
+        "accuracy": accuracy(margins),
+        "chosen_reward": result.chosen_rewards,
+        "rejected_reward": result.rejected_rewards,
+        "chosen_logp": policy_chosen_logps,
+        "rejected_logp": policy_rejected_logps,
+    }
+
+
+def accuracy(margins):
+    """1 where the chosen answer is ahead, 0 where it is behind; a tie, as at first, counts half."""
+    return (margins > 0).float() + (margins == 0).float() / 2
 
 
 # More than two answers: appendix A.3
@@ -145,7 +174,7 @@ def sequence_logps(logits, ids, mask):
 
 
 def response_logps(model, batch):
-    """log pi(y|x) of both answers of each pair row, in at least float32: (chosen (B,), rejected (B,)).
+    """log pi(y|x) of the answers of each pair row, in at least float32: chosen (B,), rejected (B,).
 
     `batch` is data.Batch: the model gives logits (N, V) only where a token of an answer is scored;
     the log-prob of target n belongs to chosen answer i if owner[n] = i, to rejected i if B + i.

@@ -35,7 +35,9 @@ class Attention(nn.Module):
 
     def forward(self, x, mask):
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).chunk(3, -1))
+        q, k, v = (
+            t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).chunk(3, -1)
+        )
         if mask is None:
             x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
@@ -81,6 +83,10 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+    @property
+    def device(self):
+        return self.wte.weight.device
 
     def forward(self, ids, positions=None, mask=None, score_at=None):
         """Token ids (B, T) -> logits (B, T, V) of each next token.
@@ -131,12 +137,14 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name):
-        """GPT-2's weights by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl: downloaded once), or any
-        folder in Hugging Face's GPT-2 format. ValueError or OSError, in one line, if they can't be read.
+        """GPT-2's weights by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl: downloaded once), or a
+        folder in Hugging Face's GPT-2 format. OSError, in one line, if it can't be read.
         """
         folder = Path(name)
         if name in PUBLISHED:
-            config = GPTConfig(n_embd=PUBLISHED[name][0], n_layer=PUBLISHED[name][1], n_head=PUBLISHED[name][2])
+            config = GPTConfig(
+                n_embd=PUBLISHED[name][0], n_layer=PUBLISHED[name][1], n_head=PUBLISHED[name][2]
+            )
             url = f"https://huggingface.co/openai-community/{name}/resolve/main/pytorch_model.bin"
             state = torch.hub.load_state_dict_from_url(
                 url, map_location="cpu", file_name=f"{name}.bin", weights_only=True
@@ -146,7 +154,9 @@ class GPT(nn.Module):
             config = GPTConfig(**{key: given[key] for key in asdict(GPTConfig()) if key in given})
             state = read_weights(folder)
         else:
-            raise ValueError(f"{name}: neither a folder with a config.json nor one of {', '.join(PUBLISHED)}")
+            raise OSError(
+                f"{name}: neither a folder with a config.json nor one of {', '.join(PUBLISHED)}"
+            )
         model = cls(config)
         ours = {}
         for key, tensor in state.items():
@@ -157,7 +167,9 @@ class GPT(nn.Module):
         try:
             model.load_state_dict(ours)
         except RuntimeError as error:
-            raise ValueError(f"{name}: weights of another shape: {str(error).splitlines()[1].strip()}") from None
+            raise OSError(
+                f"{name}: weights of another shape: {str(error).splitlines()[1].strip()}"
+            ) from None
         return model
 
     def save_pretrained(self, folder):
@@ -167,9 +179,13 @@ class GPT(nn.Module):
         state = {}
         for key, tensor in self.state_dict().items():
             tensor = tensor.detach().cpu()
-            state["transformer." + key] = tensor.T.contiguous() if key.endswith(TRANSPOSED) else tensor
+            state["transformer." + key] = (
+                tensor.T.contiguous() if key.endswith(TRANSPOSED) else tensor
+            )
         config = asdict(self.config) | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
-        torch.save(state, folder / "pytorch_model.bin.tmp")  # beside, then renamed: never half a file
+        torch.save(
+            state, folder / "pytorch_model.bin.tmp"
+        )  # beside, then renamed: never half a file
         os.replace(folder / "pytorch_model.bin.tmp", folder / "pytorch_model.bin")
         (folder / "config.json.tmp").write_text(json.dumps(config, indent=2))
         os.replace(folder / "config.json.tmp", folder / "config.json")
@@ -185,7 +201,7 @@ TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) ther
 
 
 def read_weights(folder):
-    """The tensors of pytorch_model.bin, read without running any code in it, or of model.safetensors."""
+    """The tensors of pytorch_model.bin, running no code in it, or of model.safetensors."""
     try:
         if (folder / "pytorch_model.bin").is_file():
             return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
@@ -194,7 +210,7 @@ def read_weights(folder):
 
             return load_file(folder / "model.safetensors")
     except ImportError:
-        raise ValueError(f"{folder}: to read model.safetensors, pip install safetensors") from None
+        raise OSError(f"{folder}: to read model.safetensors, pip install safetensors") from None
     except Exception as error:
-        raise ValueError(f"{folder}: unreadable weights ({str(error).splitlines()[0]})") from None
-    raise ValueError(f"{folder}: holds neither pytorch_model.bin nor model.safetensors")
+        raise OSError(f"{folder}: unreadable weights ({str(error).splitlines()[0]})") from None
+    raise OSError(f"{folder}: holds neither pytorch_model.bin nor model.safetensors")
