@@ -150,13 +150,10 @@ class GPT(nn.Module):
                 url, map_location="cpu", file_name=f"{name}.bin", weights_only=True
             )
         elif (folder / "config.json").is_file():
-            given = json.loads((folder / "config.json").read_text())
-            config = GPTConfig(**{key: given[key] for key in asdict(GPTConfig()) if key in given})
-            state = read_weights(folder)
+            config, state = read_folder(folder)
         else:
-            raise OSError(
-                f"{name}: neither a folder with a config.json nor one of {', '.join(PUBLISHED)}"
-            )
+            names = ", ".join(PUBLISHED)
+            raise OSError(f"{name}: neither a folder with a config.json nor one of {names}")
         model = cls(config)
         ours = {}
         for key, tensor in state.items():
@@ -200,17 +197,20 @@ PUBLISHED = {  # n_embd, n_layer, n_head
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there, (out, in) here
 
 
-def read_weights(folder):
-    """The tensors of pytorch_model.bin, running no code in it, or of model.safetensors."""
+def read_folder(folder):
+    """config.json, and pytorch_model.bin, running no code in it, or model.safetensors."""
     try:
+        given = json.loads((folder / "config.json").read_text())
+        config = GPTConfig(**{key: given[key] for key in asdict(GPTConfig()) if key in given})
         if (folder / "pytorch_model.bin").is_file():
-            return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+            weights = folder / "pytorch_model.bin"
+            return config, torch.load(weights, map_location="cpu", weights_only=True)
         if (folder / "model.safetensors").is_file():
             from safetensors.torch import load_file
 
-            return load_file(folder / "model.safetensors")
+            return config, load_file(folder / "model.safetensors")
     except ImportError:
         raise OSError(f"{folder}: to read model.safetensors, pip install safetensors") from None
     except Exception as error:
-        raise OSError(f"{folder}: unreadable weights ({str(error).splitlines()[0]})") from None
+        raise OSError(f"{folder}: unreadable, {str(error).splitlines()[0]}") from None
     raise OSError(f"{folder}: holds neither pytorch_model.bin nor model.safetensors")

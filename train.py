@@ -177,8 +177,8 @@ class RealTask:
     def use_reference(self, reference):
         self.ref = all_logps(reference, self.held_out, self.config)
         raw = dpo.accuracy(self.ref[0] - self.ref[1]).mean().item()
-        print(f"{len(self.rows)} pairs to train on, {len(self.held_out)} held out; the raw log-prob")
-        print(f"of the reference, before DPO, is higher for the chosen answer in {raw:.1%} of those")
+        print(f"{len(self.rows)} pairs to train on, {len(self.held_out)} held out; before DPO the raw")
+        print(f"log-prob is higher for the chosen answer in {raw:.1%} of those held out")
 
     def evaluate(self, model):
         logps = all_logps(model, self.held_out, self.config)

@@ -1,0 +1,227 @@
+"""Reading pairs, encoding them, the pair row, the order of batches, and the toy world."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+from data import (
+    InputError,
+    Pair,
+    TokenPair,
+    ToyWorld,
+    batches,
+    collate,
+    encode_pairs,
+    get_tokenizer,
+    load_pairs,
+)
+
+GOOD = {"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"}
+
+
+def write(tmp_path, *lines):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    )
+    return path
+
+
+def test_load_pairs(tmp_path):
+    assert load_pairs(write(tmp_path, GOOD, "", GOOD)) == [Pair("2 + 2 =", "4", "5")] * 2
+
+
+@pytest.mark.parametrize(
+    "bad, says",
+    [
+        ("{", "not a line of JSON"),
+        ("[1]", "not a JSON object"),
+        ("12", "not a JSON object"),
+        ("[" * 100_000, "not a line of JSON"),
+        ({"prompt": "a", "chosen": "b"}, '"rejected"'),
+        (GOOD | {"chosen": ""}, '"chosen"'),
+        (GOOD | {"chosen": "  \n"}, '"chosen"'),
+        (GOOD | {"prompt": None}, '"prompt"'),
+        (GOOD | {"rejected": ["5"]}, '"rejected"'),
+    ],
+)
+def test_load_pairs_names_file_and_line(tmp_path, bad, says):
+    path = write(tmp_path, GOOD, bad)
+    with pytest.raises(InputError) as error:
+        load_pairs(path)
+    assert f"{path}:2" in str(error.value) and says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_load_pairs_refuses_bytes_that_are_no_text(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"prompt": "\xff"}')
+    with pytest.raises(InputError, match=":2"):
+        load_pairs(path)
+
+
+def test_equal_answers_are_counted_and_dropped(tmp_path):
+    with pytest.warns(UserWarning, match="equal: 2"):
+        assert (
+            len(load_pairs(write(tmp_path, GOOD, GOOD | {"chosen": "5"}, GOOD | {"chosen": "5"})))
+            == 1
+        )
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="no usable pair"):
+        load_pairs(write(tmp_path, GOOD | {"chosen": "5"}))
+    with pytest.raises(InputError, match="no usable pair"):
+        load_pairs(write(tmp_path, ""))
+
+
+def test_bytes_keep_any_text():
+    tokenizer = get_tokenizer("bytes")
+    text = "naïve 🙂\n\tx<|endoftext|>"
+    assert tokenizer.encode_ordinary(text) == list(text.encode())
+    assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+    assert tokenizer.eot_token == 256 and tokenizer.n_vocab == 257
+
+
+def test_toy_words():
+    tokenizer = get_tokenizer("toy")
+    ids = tokenizer.encode_ordinary(" The film was not very dull")
+    assert len(ids) == 6 and tokenizer.decode(ids) == " The film was not very dull"
+    for text in (" The film was splendid", "The film", " The  film", " The film\n"):
+        with pytest.raises(InputError, match="not a word of the toy world"):
+            tokenizer.encode_ordinary(text)
+
+
+def test_unknown_tokenizer():
+    with pytest.raises(InputError, match="bytes"):
+        get_tokenizer("klingon")
+
+
+def test_prompt_and_answers_are_encoded_apart_and_closed():
+    rows = encode_pairs([Pair("ab", "c", ""), Pair("a", "bc", "d")], get_tokenizer("bytes"), 16)
+    assert rows[0] == ([97, 98], [99, 256], [256])  # an empty answer is the end token alone
+    assert rows[1] == ([97], [98, 99, 256], [100, 256])
+
+
+def test_toy_answers_of_k_words_have_no_end():
+    world = ToyWorld()
+    pairs = [Pair(world.prompts[0], " not very dull", " dull")]
+    (row,) = encode_pairs(pairs, world.tokenizer, 8, world.K)
+    assert len(row.chosen) == 3 and world.W not in row.chosen
+    assert len(row.rejected) == 2 and row.rejected[-1] == world.W
+
+
+def test_long_prompts_are_cut_on_the_left_exactly():
+    with pytest.warns(UserWarning, match="cut on the left.*: 1"):
+        (row,) = encode_pairs([Pair("abcdefgh", "xy", "z")], get_tokenizer("bytes"), 8)
+    assert bytes(row.prompt) == b"defgh" and len(row.prompt) + len(row.chosen) == 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what fits exactly is neither cut nor warned of
+        encode_pairs([Pair("defgh", "xy", "z")], get_tokenizer("bytes"), 8)
+
+
+def test_answers_are_never_cut():
+    pairs = [Pair("a", "x" * 7, "z"), Pair("a", "z", "x" * 6)]
+    with pytest.warns(UserWarning, match="pairs dropped.*: 1"):
+        (row,) = encode_pairs(pairs, get_tokenizer("bytes"), 8)
+    assert len(row.rejected) == 7
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="no pair fits"):
+        encode_pairs(pairs[:1], get_tokenizer("bytes"), 8)
+    with pytest.raises(InputError, match="prompt is empty"):
+        encode_pairs([Pair("", "x", "z")], get_tokenizer("bytes"), 8)
+
+
+def test_pair_row_by_hand():
+    """Prompt of 2 tokens, chosen of 3, rejected of 2, beside a shorter row."""
+    rows = [TokenPair([5, 6], [7, 8, 0], [9, 0]), TokenPair([5], [0], [1, 0])]
+    batch = collate(rows, [0, 1])
+    assert batch.ids.tolist() == [[5, 6, 7, 8, 9], [5, 1, 0, 0, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
+    assert batch.targets.tolist() == [7, 8, 0, 0, 9, 0, 1, 0]
+    assert batch.owner.tolist() == [0, 0, 0, 1, 2, 2, 3, 3]
+    assert batch.score_at.tolist() == [1, 2, 3, 5, 1, 4, 5, 6]
+    assert batch.mask[0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+    assert batch.mask[1].any(-1).all(), "a row that may look at nothing gives NaN"
+
+
+def test_batches_cover_every_epoch_in_a_new_order():
+    rows = [([1] * (1 + i % 7), [1], [1]) for i in range(50)]
+
+    def epochs(seed):
+        stream = batches(rows, 8, torch.Generator().manual_seed(seed))
+        return [[next(stream).tolist() for _ in range(7)] for _ in range(2)]
+
+    first, second = epochs(0)
+    for epoch in (first, second):
+        assert sorted(i for batch in epoch for i in batch) == list(range(50))
+        assert sorted(map(len, epoch)) == [2] + [8] * 6
+    assert first != second and epochs(0) == [first, second] and epochs(1) != [first, second]
+    spread = [max(len(rows[i][0]) for i in b) - min(len(rows[i][0]) for i in b) for b in first]
+    assert max(spread) <= 2, "rows of similar length belong together"
+
+
+def test_toy_rewards_by_hand():
+    world = ToyWorld()
+    for prompt, answer, reward in (
+        (" The film was", "", 0.0),
+        (" The film was", " good", 2.0),
+        (" The film was", " not very dull", 3.0),
+        (" The hotel was", " not very dull", 1.5),
+        (" The curry was", " funny", -2.0),
+        (" The film was", " good dull", 0.0),  # the mean of two opinions, not their sum
+        (" The film was", " not film good", 2.0),  # "not" turns the next word only
+        (" The film was", " good not", 2.0),
+    ):
+        assert world.reward(prompt, answer) == reward, (prompt, answer)
+    x, y = world.prompts.index(" The hotel was"), world.answers.index(" not very dull")
+    assert world.rewards[x, y] == 1.5
+
+
+def test_length_does_not_decide_the_reward():
+    world = ToyWorld()
+    for prompt in world.rewards:
+        length = torch.tensor([len(y.split()) for y in world.answers]).double()
+        assert abs(torch.corrcoef(torch.stack([prompt, length]))[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("size, prompts, answers", [("default", 3, 2955), ("small", 2, 1111)])
+def test_toy_sizes(size, prompts, answers):
+    world = ToyWorld(size)
+    assert world.rewards.shape == (prompts, answers) and len(set(world.answers)) == answers
+
+
+def test_corpus_is_seeded_and_varied():
+    world = ToyWorld()
+    corpus = world.corpus(torch.Generator().manual_seed(0), n=5000)
+    assert corpus == world.corpus(torch.Generator().manual_seed(0), n=5000)
+    assert corpus != world.corpus(torch.Generator().manual_seed(1), n=5000)
+    answers = {pair.chosen for pair in corpus}
+    assert "" in answers and " not very dull" in answers and len(answers) > 500
+    clean = {pair.chosen for pair in world.corpus(torch.Generator().manual_seed(0), n=5000, slip=0)}
+    assert len(clean) == 36, "[not] [very | quite] and six opinions: 2 * 3 * 6 sentences"
+
+
+def test_labels():
+    world = ToyWorld("small")
+    logps = torch.full((2, 1111), 1 / 1111, dtype=torch.float64).log()
+
+    def draw(labels):
+        drawn = world.draw_pairs(logps, 20_000, labels, torch.Generator().manual_seed(0))
+        gap = (
+            world.rewards[drawn.prompt, drawn.chosen] - world.rewards[drawn.prompt, drawn.rejected]
+        )
+        return drawn, gap
+
+    hard, gap = draw("hard")
+    assert (hard.p == 1).all() and (gap < 0).any(), "annotators err now and then"
+    soft, gap = draw("soft")
+    assert torch.allclose(soft.p, 1 / (1 + (-gap).exp())) and (gap < 0).any() and (gap > 0).any()
+    deterministic, gap = draw("deterministic")
+    assert (deterministic.p == 1).all() and (gap >= 0).all()
+    with pytest.raises(KeyError):
+        draw("harsh")

@@ -1,0 +1,240 @@
+"""The command line end to end, what it writes, and what it says to bad input."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import data
+import train
+
+QUICK = "--world small --pairs 2000 --epochs 6 --sft-epochs 2 --warmup-steps 4".split()
+ROW = ["expected_reward", "kl_to_reference", "objective", "kl_to_optimum", "pair_accuracy"]
+
+
+def command(root, *flags, **kwargs):
+    return subprocess.run(
+        [sys.executable, root / "train.py", *map(str, flags)],
+        capture_output=True,
+        text=True,
+        **kwargs,
+    )
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory, pytestconfig):
+    """One quick run on the small toy world: what it printed, and the folder it wrote."""
+    out = tmp_path_factory.mktemp("toy") / "out"
+    done = command(pytestconfig.rootpath, *QUICK, "--out", out, "--eval-every", 8)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, out
+
+
+def test_toy_run_writes_what_it_promises(toy):
+    printed, out = toy
+    names = {"curves.png", "metrics.jsonl", "summary.json", "reference", "policy"}
+    assert {path.name for path in out.iterdir()} == names
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "DPO 1/24  loss 0.6931" in printed and "log 2" in printed and "gap closed" in printed
+
+
+def test_toy_summary_obeys_the_theory(toy):
+    summary = json.loads((toy[1] / "summary.json").read_text())
+    assert list(summary) == ["config", "seconds", "gap_closed", "rows"]
+    rows, beta = summary["rows"], summary["config"]["beta"]
+    assert list(rows) == ["reference", "dpo", "optimum"]
+    for row in rows.values():
+        assert list(row) == ROW
+        gap = rows["optimum"]["objective"] - row["objective"]
+        assert abs(gap - beta * row["kl_to_optimum"]) < 1e-4, "J(pi*) - J(pi) = beta KL(pi || pi*)"
+        J = row["expected_reward"] - beta * row["kl_to_reference"]
+        assert abs(row["objective"] - J) < 1e-9, "Eq. 3"
+    assert rows["reference"]["kl_to_reference"] == 0 and rows["reference"]["pair_accuracy"] == 0.5
+    assert abs(rows["optimum"]["kl_to_optimum"]) < 1e-12
+    closed = 1 - rows["dpo"]["kl_to_optimum"] / rows["reference"]["kl_to_optimum"]
+    assert abs(summary["gap_closed"] - closed) < 1e-12 and closed > 0.3
+
+
+def test_toy_metrics(toy):
+    lines = [json.loads(line) for line in (toy[1] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 8, 10, 16, 20, 24]
+    always = (
+        "step loss margin weight accuracy chosen_reward rejected_reward chosen_logp rejected_logp"
+    )
+    for line in lines:
+        assert set(always.split()) | {"grad_norm", "lr", "pairs_per_second"} <= set(line)
+        assert abs(line["margin"] - line["chosen_reward"] + line["rejected_reward"]) < 1e-5
+        assert 0 <= line["accuracy"] <= 1
+    assert abs(lines[0]["loss"] - math.log(2)) < 1e-5 and abs(lines[0]["weight"] - 0.5) < 1e-5
+    assert lines[0]["lr"] == pytest.approx(1e-2 / 4), "linear warm-up"
+    assert lines[-1]["lr"] == pytest.approx(1e-2 * (1 - 23 / 24)), "then linear decay"
+    assert [line["step"] for line in lines if "kl_to_optimum" in line] == [8, 16, 24]
+
+
+def test_same_seed_same_run_whatever_is_evaluated_or_split(toy, root, tmp_path):
+    """The weights do not depend on --eval-every, nor (but for rounding) on --micro-batch-size."""
+    first = torch.load(toy[1] / "policy" / "pytorch_model.bin")
+    for flags, close in ((["--eval-every", 3], 0.0), (["--micro-batch-size", 200], 1e-4)):
+        assert command(root, *QUICK, "--out", tmp_path, *flags).returncode == 0
+        again = torch.load(tmp_path / "policy" / "pytorch_model.bin")
+        for name, tensor in first.items():
+            assert (tensor - again[name]).abs().max() <= close, (flags, name)
+
+
+@pytest.mark.parametrize(
+    "flags, gap", [(["--labels", "soft"], True), (["--labels", "deterministic"], False)]
+)
+def test_labels(root, tmp_path, flags, gap):
+    done = command(root, *QUICK, *flags, "--optimizer", "rmsprop", "--lr", 1e-3, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["gap_closed"] is not None) == gap
+    assert ("gap closed: -" in done.stdout) == (not gap)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    if gap:  # soft: the weight is p - sigma(margin), on average 0 before the policy knows anything
+        assert abs(line["weight"]) < 0.1
+
+
+def write_pairs(path, n=30):
+    with open(path, "w") as file:
+        for i in range(n):
+            pair = {
+                "prompt": f"Say {i} ",
+                "chosen": f"{i}, please",
+                "rejected": f"{i}!" * (1 + i % 3),
+            }
+            print(json.dumps(pair), file=file)
+        print('{"prompt": "a", "chosen": "b", "rejected": "b"}', file=file)
+        print(json.dumps({"prompt": "p" * 99, "chosen": "b", "rejected": "c"}), file=file)
+        print(json.dumps({"prompt": "p", "chosen": "b", "rejected": "c" * 99}), file=file)
+
+
+SMALL = ["--n-layer", 1, "--n-embd", 16, "--epochs", 2, "--sft-epochs", 1, "--block-size", 64]
+
+
+def test_real_pairs(root, tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl")
+    out = tmp_path / "out"
+    done = command(
+        root, "--data", tmp_path / "pairs.jsonl", *SMALL, "--dtype", "bfloat16", "--out", out
+    )
+    assert done.returncode == 0, done.stderr
+    warned = done.stderr.splitlines()
+    assert [line.startswith("warning: ") and line.endswith(": 1") for line in warned] == [True] * 3
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["gap_closed"] is None and list(summary["rows"]) == ["reference", "dpo"]
+    assert summary["rows"]["reference"]["held_out_accuracy"] == 0.5
+    assert abs(summary["rows"]["reference"]["held_out_loss"] - math.log(2)) < 1e-6
+    assert "of those held out" in done.stdout
+
+    more = ["--init", out / "policy", "--tokenizer", "bytes", "--sft-epochs", 0, "--epochs", 1]
+    done = command(
+        root,
+        "--data",
+        tmp_path / "pairs.jsonl",
+        "--block-size",
+        64,
+        *more,
+        "--out",
+        tmp_path / "more",
+    )
+    assert done.returncode == 0, done.stderr
+    saved = [
+        torch.load(tmp_path / name / "pytorch_model.bin")
+        for name in ("out/policy", "more/reference")
+    ]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+
+
+def test_reference_logps_belong_to_their_pair():
+    """Computed once in file order, looked up by pair id in shuffled batches."""
+    task = train.ToyTask(dataclasses.replace(train.TOY, world="small", pairs=500, n_embd=16))
+    model = train.build_model(dataclasses.replace(task.config, device="cpu"), task.tokenizer)
+    task.use_reference(model)
+    ref = train.all_logps(model, task.rows, dataclasses.replace(task.config, batch_size=64))
+    stream = data.batches(task.rows, 32, torch.Generator().manual_seed(5))
+    for _, pair_ids in zip(range(5), stream):
+        fresh = torch.stack(train.logps_of(model, task.rows, pair_ids, task.config))
+        torch.testing.assert_close(ref[:, pair_ids], fresh.detach(), rtol=1e-5, atol=1e-5)
+
+
+BAD = [
+    (["--data", "missing.jsonl"], "missing.jsonl"),
+    (["--data", "."], "."),
+    (["--data", "bad.jsonl"], "bad.jsonl:2"),
+    (["--data", "field.jsonl"], 'field.jsonl:1: "rejected"'),
+    (["--data", "empty.jsonl"], "empty.jsonl"),
+    (["--data", "one.jsonl"], "one.jsonl"),
+    (["--data", "good.jsonl", "--tokenizer", "toy"], "not a word of the toy world"),
+    (["--data", "good.jsonl", "--tokenizer", "klingon"], "klingon"),
+    (["--data", "good.jsonl", "--init", "nowhere", "--tokenizer", "bytes"], "nowhere"),
+    (["--data", "good.jsonl", "--pairs", "10"], "--pairs"),
+    (["--data", "good.jsonl", "--block-size", "2"], "no pair fits"),
+    (["--loss", "nonsense"], "nonsense"),
+    (["--beta", "0"], "--beta"),
+    (["--beta", "-1"], "--beta"),
+    (["--beta", "nan"], "--beta"),
+    (["--beta", "much"], "--beta"),
+    (["--lr", "inf"], "--lr"),
+    (["--batch-size", "0"], "--batch-size"),
+    (["--micro-batch-size", "-1"], "--micro-batch-size"),
+    (["--epochs", "0"], "--epochs"),
+    (["--n-embd", "30"], "--n-embd"),
+    (["--labels", "perfect"], "--labels"),
+    (["--device", "tpu"], "--device"),
+    (["--tokenizer", "bytes"], "--tokenizer"),
+    (["--bet", "1"], "--bet"),
+    (["--nonsense"], "--nonsense"),
+    (["surplus"], "surplus"),
+]
+
+
+@pytest.mark.parametrize("flags, says", BAD, ids=[" ".join(flags) for flags, _ in BAD])
+def test_bad_input_is_one_line(flags, says, tmp_path, monkeypatch, capsys):
+    """Exit status 2, one line, no traceback, nothing overwritten."""
+    monkeypatch.chdir(tmp_path)
+    good = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n"
+    for name, text in {
+        "good.jsonl": good * 9,
+        "bad.jsonl": good + "{",
+        "field.jsonl": '{"prompt": "a", "chosen": "b"}',
+        "empty.jsonl": "",
+        "one.jsonl": good,
+    }.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.json").write_text("precious")
+    with pytest.raises(SystemExit) as exit:
+        train.main(flags)
+    printed = capsys.readouterr()
+    assert exit.value.code == 2
+    assert printed.err.startswith("train.py: ") and printed.err.count("\n") == 1, printed.err
+    assert says in printed.err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["summary.json"]
+    assert (tmp_path / "out" / "summary.json").read_text() == "precious"
+
+
+def test_tokenizer_files_without_network_are_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(
+        "tiktoken.load.read_file", lambda path: (_ for _ in ()).throw(OSError("no network"))
+    )
+    data.tiktoken.registry.ENCODINGS.pop("gpt2", None)
+    with pytest.raises(data.InputError, match="TIKTOKEN_CACHE_DIR"):
+        data.get_tokenizer("gpt2")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path):
+    done = command(root, *QUICK, "--lr", 1e30, "--warmup-steps", 0, "--out", tmp_path)
+    assert done.returncode == 2 and "not finite" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_help_names_every_flag(root):
+    shown = command(root, "--help", env={**os.environ, "COLUMNS": "200"}).stdout
+    for field in dataclasses.fields(train.Config):
+        assert "--" + field.name.replace("_", "-") in shown
