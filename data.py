@@ -21,9 +21,6 @@ class InputError(ValueError):
     """A mistake in what the user gave us: one line that says where and what to do."""
 
 
-# Preference pairs
-
-
 class Pair(NamedTuple):
     """A prompt and two answers, the preferred one first. An empty answer is the end token alone."""
 
@@ -53,7 +50,7 @@ def load_pairs(path):
                 )
             for field in Pair._fields:
                 if not isinstance(record.get(field), str) or not record[field].strip():
-                    raise InputError(f'{path}:{number}: "{field}" must be there, text, not empty')
+                    raise InputError(f'{path}:{number}: "{field}" must be a string, and not empty')
             pairs.append(Pair(*(record[field] for field in Pair._fields)))
     usable = [pair for pair in pairs if pair.chosen != pair.rejected]
     if len(usable) < len(pairs):
@@ -84,8 +81,8 @@ def get_tokenizer(name):
         return tiktoken.get_encoding(name)
     except Exception as error:  # whatever its download library raises
         raise InputError(
-            f'tokenizer "{name}": its files could not be downloaded ({type(error).__name__}); put '
-            "them into a folder named by TIKTOKEN_CACHE_DIR, or use --tokenizer bytes"
+            f'tokenizer "{name}": no download ({type(error).__name__}); run once with a network '
+            "and TIKTOKEN_CACHE_DIR set and bring that folder here, or use --tokenizer bytes"
         ) from None
 
 
@@ -100,7 +97,7 @@ class WordEncoding(tiktoken.Encoding):
     def encode_ordinary(self, text):
         for word in re.findall(r" ?\S+|\s", text):  # tiktoken itself would panic on an unknown one
             if word.encode() not in self.ranks:
-                raise InputError(f'"{word}" is not a word of the toy world, nor is a lone space')
+                raise InputError(f'"{word}" is not a word of the toy world, with its space')
         return super().encode_ordinary(text)
 
 
@@ -140,7 +137,7 @@ def encode_pairs(pairs, tokenizer, block_size, max_answer=None):
     if dropped:
         warnings.warn(f"pairs dropped, an answer too long for {block}: {dropped}", stacklevel=2)
     if not rows:
-        raise InputError(f"no pair fits into {block}")
+        raise InputError(f"no pair fits into {block}: raise --block-size")
     return rows
 
 
@@ -152,7 +149,7 @@ class Batch(NamedTuple):
 
     ids: torch.Tensor  # (B, T)
     positions: torch.Tensor  # (B, T)
-    mask: torch.Tensor  # (B, T, T), True where row i may look at column j
+    mask: torch.Tensor  # (B, T, T), True where position i may look at position j
     score_at: torch.Tensor  # (N,), places in the flattened (B * T)
     targets: torch.Tensor  # (N,), the token predicted there
     owner: torch.Tensor  # (N,), i for chosen answer i, B + i for rejected answer i
@@ -173,8 +170,8 @@ def collate(rows, pair_ids):
         rejected     all     -        \\           - = nothing
 
     Three traps. (1) The last prompt token predicts the first token of both answers, so it is scored
-    twice. (2) An answer's last token is scored but never fed: nothing follows it. (3) Padding sees
-    itself: a row that may look at nothing is 0/0. It is scored nowhere, so its id is of no account.
+    twice. (2) An answer's last token is scored but never fed: nothing follows it. (3) Padding may
+    look at itself: a position that may look at nothing is 0/0, a NaN. It is scored nowhere.
     """
     pair_ids = torch.as_tensor(pair_ids)
     picked = [rows[i] for i in pair_ids.tolist()]
@@ -185,7 +182,7 @@ def collate(rows, pair_ids):
     row_end = chosen_end + (rejected - 1).clamp(min=0)
 
     place = torch.arange(int(row_end.max()))  # (T,)
-    block = 0 + (place >= prompt) + (place >= chosen_end) + (place >= row_end)  # 3 is padding
+    block = 0 + (place >= prompt) + (place >= chosen_end) + (place >= row_end)  # 3: padding
     ids = torch.zeros_like(block)
     ids[block < 3] = torch.tensor(
         [token for row in picked for token in row.prompt + row.chosen[:-1] + row.rejected[:-1]]
@@ -207,10 +204,8 @@ def collate(rows, pair_ids):
 
 
 def batches(rows, batch_size, generator):
-    """Batches of indices, epoch after epoch without end: every row once an epoch, in an order that
-    `generator` draws anew. Rows of similar length share a batch, so that little is padded: shuffle,
-    sort by length inside pools of 16 batches, cut, shuffle the batches. The last may be short.
-    """
+    """Batches of indices, epoch after epoch, each in an order drawn anew; one of them may be short.
+    Rows of similar length share a batch, so that little is padded."""
     lengths = torch.tensor([sum(map(len, row)) for row in rows])
     while True:
         epoch = []
@@ -272,8 +267,8 @@ class ToyWorld:
         )
 
     def reward(self, prompt, answer):
-        """r*(x, y): the mean of its opinions, each turned by the degrees before it. Not a sum over
-        words, and not for the long: "not" flips, "very" strengthens, the noun decides what is good.
+        """r*(x, y): the mean of its opinions, so that length does not decide; 0 without any. Each
+        is turned by the degrees before it and depends on the noun: no sum over words gives that.
         """
         noun = NOUNS.index(prompt.split()[1])
         opinions, degree = [], 1.0
@@ -291,29 +286,32 @@ class ToyWorld:
         [not] [very | quite] opinion, but for the share `slip` of tokens drawn from all W + 1: with
         no slips the reference would cover too little of its space for Eq. 7 to find the optimum.
         """
-        K, end = self.K, self.tokenizer.eot_token
         degrees = ["", *(" " + degree for degree in self.degrees if degree != "not")]
         grammar = itertools.product(["", " not"], degrees, self.opinions)
         encoded = [self.tokenizer.encode_ordinary(f"{a}{b} {c}") for a, b, c in grammar]
-        sentences = torch.tensor([(ids + [end] * K)[:K] for ids in encoded])
+        sentences = torch.tensor([(ids + [self.W] * self.K)[:self.K] for ids in encoded])
         tokens = sentences[torch.randint(len(sentences), (n,), generator=generator)]
-        slips = torch.rand(n, K, generator=generator) < slip
-        tokens = torch.where(slips, torch.randint(self.W + 1, (n, K), generator=generator), tokens)
+        slips = torch.rand(n, self.K, generator=generator) < slip
+        slip_to = torch.randint(self.W + 1, (n, self.K), generator=generator)
+        tokens = torch.where(slips, slip_to, tokens)
         prompts = torch.randint(len(self.prompts), (n,), generator=generator).tolist()
-        answers = [self.tokenizer.decode(y[: (y + [end]).index(end)]) for y in tokens.tolist()]
+        ends = [(y + [self.W]).index(self.W) for y in tokens.tolist()]
+        answers = [self.tokenizer.decode(y[:end]) for y, end in zip(tokens.tolist(), ends)]
         return [Pair(self.prompts[x], answer, "") for x, answer in zip(prompts, answers)]
 
     def draw_pairs(self, logps, n, labels, generator):
         """n preferences between two answers drawn from the policy with these logps (P, Y).
 
-        labels: "hard" draws the winner by Bradley-Terry (Eq. 1) on r*, so p = 1; "soft" keeps the
-        Bradley-Terry p itself; "deterministic" lets the higher reward win. Equal answers are kept.
+        labels: "hard" draws the winner by Bradley-Terry (Eq. 1) on r*; "soft" keeps that
+        probability p; "deterministic" lets the higher reward win. Equal answers are kept.
         """
         prompt = torch.randint(len(self.prompts), (n,), generator=generator)
         pairs = torch.empty(n, 2, dtype=torch.long)
         for x, probs in enumerate(logps.exp()):
             of_x = prompt == x
-            pairs[of_x] = probs.multinomial(2 * of_x.sum(), True, generator=generator).view(-1, 2)
+            if of_x.any():
+                both = probs.multinomial(2 * of_x.sum(), replacement=True, generator=generator)
+                pairs[of_x] = both.view(-1, 2)
         first, second = pairs.T
         margins = self.rewards[prompt, first] - self.rewards[prompt, second]
         p = torch.sigmoid(margins)  # (1)

@@ -3,7 +3,7 @@
 Equation numbers, in brackets at the end of a line, are those printed in arXiv 2305.18290 v3.
 The paper's letters: y_w is chosen, y_l rejected, r-hat the implicit reward, sigma the sigmoid.
 
-Every log-prob is log pi(y|x): the sum over an answer's tokens, end-of-text included, in nats.
+Every log-prob is log pi(y|x): the sum over an answer's tokens, its end-of-text too, in nats.
 B pairs, K ranked answers, Y all answers there are, N scored tokens, T positions, V vocabulary.
 
 Nothing here knows about models or files but `response_logps`, which turns a batch of pairs into
@@ -26,6 +26,7 @@ def bradley_terry(rewards_1, rewards_2):
 
 def reward_model_loss(chosen_rewards, rejected_rewards):
     """-log P(chosen beats rejected) of each pair, (B,), (B,) -> (B,). Eq. 2 before its mean."""
+    check_shapes(chosen_rewards, rejected_rewards)
     return -F.logsigmoid(chosen_rewards - rejected_rewards)  # (2)
 
 
@@ -54,15 +55,17 @@ def optimal_policy(ref_logps, rewards, beta):
     """
     check_beta(beta)
     unnormalised = ref_logps + rewards / beta
-    log_Z = unnormalised.logsumexp(
-        -1
-    )  # Z(x) sums over all answers: listed here, hopeless in general
+    log_Z = unnormalised.logsumexp(-1)  # a sum over all answers: listed here, hopeless in general
     return unnormalised - log_Z[..., None], log_Z  # (4)
 
 
 def implicit_reward(policy_logps, ref_logps, beta):
-    """The reward for which this policy is optimal, up to beta log Z(x). Any equal shapes. Eq. 5."""
+    """The reward for which this policy is optimal, up to beta log Z(x). Any equal shapes. Eq. 5.
+
+    ValueError unless beta > 0, here and in all that builds on it.
+    """
     check_beta(beta)
+    assert policy_logps.shape == ref_logps.shape, (policy_logps.shape, ref_logps.shape)
     return beta * (policy_logps - ref_logps)  # (5) without beta log Z(x), the same for all answers
 
 
@@ -91,16 +94,15 @@ def dpo_loss(
     rejected_rewards = implicit_reward(policy_rejected_logps, ref_rejected_logps, beta)
     margins = chosen_rewards - rejected_rewards  # (6): beta log Z(x) is in both and cancels
     losses = -F.logsigmoid(margins)  # (7): Eq. 2 with the policy's own reward
-    weights = torch.sigmoid(
-        rejected_rewards - chosen_rewards
-    )  # section 4: near 1 if wrongly ranked
+    weights = torch.sigmoid(rejected_rewards - chosen_rewards)  # section 4: near 1 if wrong
     return DPOLoss(losses, weights.detach(), chosen_rewards.detach(), rejected_rewards.detach())
 
 
 def dpo_gradient(
     policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1
 ):
-    """The gradient of each pair's Eq. 7 loss by hand, as displayed in section 4: both (B,).
+    """The gradient of each pair's Eq. 7 loss by hand, section 4: both (B,), each the factor of its
+    answer's grad log pi in the paper's display.
 
     -> d loss / d policy_chosen_logps, d loss / d policy_rejected_logps. Descent raises the chosen
     answer and lowers the rejected one, most where r-hat ranks them confidently the wrong way round.

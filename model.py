@@ -92,7 +92,7 @@ class GPT(nn.Module):
         """Token ids (B, T) -> logits (B, T, V) of each next token.
 
         A pair row (data.collate) brings three more arguments: positions (B, T), since the second
-        answer's restart where the prompt ends; mask (B, T, T), True where row i may look at j; and
+        answer's restart where the prompt ends; mask (B, T, T), True where i may look at j; and
         score_at (N,), places in the flattened (B * T), which alone get logits: (N, V).
         """
         if positions is None:
@@ -180,9 +180,8 @@ class GPT(nn.Module):
                 tensor.T.contiguous() if key.endswith(TRANSPOSED) else tensor
             )
         config = asdict(self.config) | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
-        torch.save(
-            state, folder / "pytorch_model.bin.tmp"
-        )  # beside, then renamed: never half a file
+        # written beside, then renamed: never half a file
+        torch.save(state, folder / "pytorch_model.bin.tmp")
         os.replace(folder / "pytorch_model.bin.tmp", folder / "pytorch_model.bin")
         (folder / "config.json.tmp").write_text(json.dumps(config, indent=2))
         os.replace(folder / "config.json.tmp", folder / "config.json")
@@ -212,5 +211,6 @@ def read_folder(folder):
     except ImportError:
         raise OSError(f"{folder}: to read model.safetensors, pip install safetensors") from None
     except Exception as error:
-        raise OSError(f"{folder}: unreadable, {str(error).splitlines()[0]}") from None
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise OSError(f"{folder}: unreadable, {reason}") from None
     raise OSError(f"{folder}: holds neither pytorch_model.bin nor model.safetensors")

@@ -3,8 +3,7 @@
     python train.py                      the toy world, whose exact optimum is known
     python train.py --data pairs.jsonl   your own preference pairs
 
-Departs from the paper: AdamW unless --optimizer rmsprop, and after the warm-up the learning rate
-falls in a line to 0 unless --no-decay.
+Departs from the paper: AdamW and a linear decay, unless --optimizer rmsprop --no-decay.
 """
 
 import argparse
@@ -21,7 +20,6 @@ from matplotlib.figure import Figure
 
 import data
 import dpo
-from data import InputError
 from model import GPT, GPTConfig
 
 
@@ -37,8 +35,8 @@ class Config:
     world: str = knob("default", "size of the toy world", "default", "small")
     pairs: int = knob(100_000, "preference pairs drawn in the toy world")
     labels: str = knob("hard", "who calls a pair's winner", "hard", "soft", "deterministic")
-    held_out: float = knob(0.1, "share of the pairs that is kept for evaluation")
-    tokenizer: str = knob("auto", "bytes, or gpt2 and others of tiktoken; auto: gpt2 with --init")
+    held_out: float = knob(0.1, "held-out pairs, as a share of the pairs")
+    tokenizer: str = knob("auto", "auto (gpt2 with --init, else bytes), or a tiktoken name")
     init: str = knob("", "start from gpt2, gpt2-medium, ... or from a folder in that format")
     block_size: int = knob(8, "longest prompt plus answer, in tokens")
     n_layer: int = knob(1, "layers")
@@ -50,8 +48,8 @@ class Config:
     sft_lr: float = knob(1e-2, "learning rate of SFT")
     epochs: float = knob(15.0, "passes over the pairs")
     lr: float = knob(1e-2, "learning rate of DPO")
-    warmup_steps: int = knob(150, "steps in which the learning rate rises in a line from 0")
-    decay: bool = knob(True, "let it fall in a line to 0 afterwards")
+    warmup_steps: int = knob(150, "steps of linear warm-up, at most a tenth of the run")
+    decay: bool = knob(True, "let the learning rate fall linearly to 0 afterwards")
     batch_size: int = knob(512, "pairs in an update")
     micro_batch_size: int = knob(0, "pairs in memory at once, gradients add up; 0: the batch")
     optimizer: str = knob("adamw", "rmsprop is the paper's", "adamw", "rmsprop")
@@ -76,7 +74,7 @@ def main(argv=None):
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         return run(parse_args(argv))
-    except (InputError, OSError) as error:
+    except (data.InputError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -94,16 +92,17 @@ def run(config):
     model.save_pretrained(out / "reference")
     task.use_reference(model)  # the toy's pairs are drawn from it
     ref_logps = all_logps(model, task.rows, config)  # once; then only the policy is in memory
-    rows = {"reference": task.evaluate(model)}
+    results = {"reference": task.evaluate(model)}
     before = samples(model, task, config.seed)
-    history = train_dpo(model, task, ref_logps, rows, config)
+    history = train_dpo(model, task, ref_logps, results, config)
     model.save_pretrained(out / "policy")
-    rows |= {"dpo": task.evaluate(model)} | task.optimum
+    results["dpo"] = task.evaluate(model)
+    results |= {} if config.data else {"optimum": task.exact(task.best)}
 
     summary = {"config": asdict(config), "seconds": round(time.time() - start, 1)}
-    summary |= {"gap_closed": gap_closed(rows["dpo"], rows, config), "rows": rows}
+    summary |= {"gap_closed": gap_closed(results["dpo"], results, config), "rows": results}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    plot(history, rows, out / "curves.png")
+    plot(history, results, out / "curves.png")
     report(summary, before, samples(model, task, config.seed))
     return summary
 
@@ -116,23 +115,21 @@ class ToyTask:
         self.world = world = data.ToyWorld(config.world)
         self.tokenizer = world.tokenizer
         self.generator = torch.Generator().manual_seed(config.seed)
-        corpus = self.encode(world.corpus(self.generator))
+        corpus = world.corpus(self.generator)
+        corpus = data.encode_pairs(corpus, self.tokenizer, config.block_size, world.K)
         self.sft_rows = [row._replace(rejected=[]) for row in corpus]  # plain sequences
         self.prompts, self.max_answer, self.temperature = world.prompt_ids.tolist(), world.K, 1.0
-
-    def encode(self, pairs):
-        return data.encode_pairs(pairs, self.tokenizer, self.config.block_size, self.world.K)
 
     def use_reference(self, reference):
         """Draw the pairs from it, and work out the optimum that lies behind their labels. Eq. 4."""
         config, world = self.config, self.world
         self.ref = world.logps(reference)
         drawn = world.draw_pairs(self.ref, config.pairs, config.labels, self.generator)
-        self.rows, self.p = self.encode(world.texts(drawn)), drawn.p.float()
-        held_out = math.ceil(config.held_out * config.pairs)
-        self.held_out = world.draw_pairs(self.ref, held_out, config.labels, self.generator)
+        pairs, self.p = world.texts(drawn), drawn.p.float()
+        self.rows = data.encode_pairs(pairs, self.tokenizer, config.block_size, world.K)
+        n = math.ceil(config.held_out * config.pairs)
+        self.held_out = world.draw_pairs(self.ref, n, config.labels, self.generator)
         self.best, _ = dpo.optimal_policy(self.ref, world.rewards, config.beta)
-        self.optimum = {"optimum": self.exact(self.best)}
 
     def evaluate(self, model):
         return self.exact(self.world.logps(model))
@@ -155,13 +152,10 @@ class ToyTask:
 class RealTask:
     """Pairs from a file, a share of them held out; of the truth nothing is known but those."""
 
-    optimum = {}
-
     def __init__(self, config):
         self.config = config
         pairs = data.load_pairs(config.data)
-        auto = "gpt2" if config.init else "bytes"
-        self.tokenizer = data.get_tokenizer(config.tokenizer.replace("auto", auto))
+        self.tokenizer = data.get_tokenizer(config.tokenizer)
         rows = data.encode_pairs(pairs, self.tokenizer, config.block_size)
         held_out = math.ceil(config.held_out * len(rows))
         if held_out >= len(rows):
@@ -169,7 +163,6 @@ class RealTask:
         generator = torch.Generator().manual_seed(config.seed)
         rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
         self.held_out, self.rows = rows[:held_out], rows[held_out:]
-        self.p = torch.ones(len(self.rows))
         self.sft_rows = [row._replace(rejected=[]) for row in self.rows]
         self.prompts = [row.prompt for row in self.held_out[:2]]
         self.max_answer, self.temperature = 100, 0
@@ -177,8 +170,8 @@ class RealTask:
     def use_reference(self, reference):
         self.ref = all_logps(reference, self.held_out, self.config)
         raw = dpo.accuracy(self.ref[0] - self.ref[1]).mean().item()
-        print(f"{len(self.rows)} pairs to train on, {len(self.held_out)} held out; before DPO the raw")
-        print(f"log-prob is higher for the chosen answer in {raw:.1%} of those held out")
+        n = f"{len(self.rows)} pairs to train on, {len(self.held_out)} held out"
+        print(f"{n}; the reference's raw log-prob prefers the chosen answer in {raw:.1%} of those")
 
     def evaluate(self, model):
         logps = all_logps(model, self.held_out, self.config)
@@ -189,16 +182,16 @@ class RealTask:
 
 def train_sft(model, rows, config):
     """Maximise log pi(y|x) of the corpus: section 4's reference where no SFT model is given."""
-    for step, steps, record, _ in updates(
-        model, rows, lambda chosen, *_: -chosen, config, config.sft_epochs, config.sft_lr
-    ):
-        loss = record["loss"].mean().item()
-        progress(f"SFT {step}/{steps}  loss {loss:.3f} nats an answer", step == steps)
+    training = updates(model, rows, lambda y, *_: -y, config, config.sft_epochs, config.sft_lr)
+    for step, steps, record, _ in training:
+        if step % config.log_every == 0 or step == steps:
+            loss = record["loss"].mean().item()
+            progress(f"SFT {step}/{steps}  loss {loss:.3f} nats an answer", step == steps)
 
 
-def train_dpo(model, task, ref_logps, rows, config):
+def train_dpo(model, task, ref_logps, results, config):
     """Minimise Eq. 7, or another of dpo.LOSSES; returns the lines of metrics.jsonl."""
-    loss_fn, p = dpo.LOSSES[config.loss], task.p.to(model.device)
+    loss_fn = dpo.LOSSES[config.loss]
 
     def losses_of(chosen, rejected, pair_ids):
         ref_chosen, ref_rejected = ref_logps[:, pair_ids]
@@ -206,28 +199,26 @@ def train_dpo(model, task, ref_logps, rows, config):
         if config.labels != "soft":
             return losses
         swapped = loss_fn(rejected, chosen, ref_rejected, ref_chosen, beta=config.beta).losses
-        return p[pair_ids] * losses + (1 - p[pair_ids]) * swapped  # endless annotators for a pair
+        p = task.p.to(model.device)[pair_ids]  # of endless annotators, the share that says chosen
+        return p * losses + (1 - p) * swapped
 
     print("DPO starts where the policy is the reference, so its first loss is log 2 = 0.6931")
+    training = updates(model, task.rows, losses_of, config, config.epochs, config.lr)
     history, start, seen = [], time.time(), 0
     with open(Path(config.out) / "metrics.jsonl", "w") as file:
-        for step, steps, record, pair_ids in updates(
-            model, task.rows, losses_of, config, config.epochs, config.lr
-        ):
+        for step, steps, record, pair_ids in training:
             seen += len(pair_ids)
             evaluate = step % config.eval_every == 0 or step == steps
             if not (evaluate or step == 1 or step % config.log_every == 0):
                 continue
             logps = record["chosen_logp"], record["rejected_logp"]
             metrics = dpo.describe(*logps, *ref_logps[:, pair_ids], config.beta)
-            metrics["loss"], metrics["weight"] = record["loss"], -record["pull"] / config.beta
+            metrics |= {"loss": record["loss"], "weight": -record["chosen_grad"] / config.beta}
             metrics = {"step": step} | means(metrics | {"grad_norm": record["grad_norm"]})
             metrics |= {"lr": record["lr"], "pairs_per_second": seen / (time.time() - start)}
-            if not math.isfinite(metrics["loss"]):
-                refuse(f"step {step}: the loss is not finite; try a smaller --lr or --sft-lr")
             if evaluate:
                 metrics |= task.evaluate(model)
-                metrics["gap_closed"] = gap_closed(metrics, rows, config)
+                metrics["gap_closed"] = gap_closed(metrics, results, config)
             history.append(metrics)
             print(json.dumps(metrics), file=file, flush=True)
             shown = "loss", "margin", "weight", "gap_closed", "held_out_accuracy"
@@ -240,22 +231,25 @@ def train_dpo(model, task, ref_logps, rows, config):
 
 def updates(model, rows, losses_of, config, epochs, peak_lr):
     """Train, yielding (step, steps, record, pair_ids) after each step of the optimiser.
-
-    record: of each pair `loss, chosen_logp, rejected_logp, pull` (B,); of the step `grad_norm, lr`.
+    record: `loss, chosen_logp, rejected_logp, chosen_grad`, each (B,), and `grad_norm, lr`.
     """
     kind = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[config.optimizer]
     optimizer = kind(model.parameters(), lr=peak_lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(config.seed)
     steps = math.ceil(epochs * math.ceil(len(rows) / config.batch_size))
+    warmup = max(1, min(config.warmup_steps, steps // 10))
     batches = data.batches(rows, config.batch_size, generator)
     for step, pair_ids in zip(range(1, steps + 1), batches):
-        lr = peak_lr * min(1, step / max(1, config.warmup_steps))
-        if config.decay:
-            lr *= 1 - (step - 1) / steps
+        lr = peak_lr * min(1, step / warmup)
+        if config.decay and step > warmup:
+            lr = peak_lr * (steps - step + 1) / (steps - warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
         record = backward(model, rows, pair_ids, losses_of, config)
+        look = step % config.log_every == 0 or step in (1, steps)  # a look waits for the device
+        if look and not record["loss"].isfinite().all():
+            refuse(f"step {step}: a loss is not finite; is the learning rate {peak_lr} too large?")
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         yield step, steps, record | {"grad_norm": grad_norm, "lr": lr}, pair_ids
@@ -265,17 +259,17 @@ def backward(model, rows, pair_ids, losses_of, config):
     """Add up the gradient of the mean loss of these pairs, micro-batch by micro-batch."""
     records = []
     for micro in pair_ids.split(config.micro_batch_size or len(pair_ids)):
-        chosen, rejected = logps_of(model, rows, micro, config)
+        batch = data.collate(rows, micro).to(model.device)
+        chosen, rejected = logps_of(model, batch, config)
         chosen.retain_grad()
-        losses = losses_of(chosen, rejected, micro)
+        losses = losses_of(chosen, rejected, batch.pair_ids)
         (losses.sum() / len(pair_ids)).backward()  # the mean of all, though the last part be short
-        pull = chosen.grad * len(pair_ids)  # d loss / d chosen log-prob, pair by pair
-        records.append(torch.stack([losses, chosen, rejected, pull]).detach())
-    return dict(zip(("loss", "chosen_logp", "rejected_logp", "pull"), torch.cat(records, 1)))
+        chosen_grad = chosen.grad * len(pair_ids)  # of each pair's own loss, not of the mean
+        records.append(torch.stack([losses, chosen, rejected, chosen_grad]).detach())
+    return dict(zip(("loss", "chosen_logp", "rejected_logp", "chosen_grad"), torch.cat(records, 1)))
 
 
-def logps_of(model, rows, pair_ids, config):
-    batch = data.collate(rows, pair_ids).to(model.device)
+def logps_of(model, batch, config):
     with torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
         return dpo.response_logps(model, batch)
 
@@ -283,18 +277,22 @@ def logps_of(model, rows, pair_ids, config):
 @torch.no_grad()
 def all_logps(model, rows, config):
     """log pi(y|x) of both answers of every row, in the order of rows: (2, n)."""
-    parts = torch.arange(len(rows)).split(config.micro_batch_size or config.batch_size)
-    return torch.cat([torch.stack(logps_of(model, rows, part, config)) for part in parts], 1)
+    logps = []
+    for part in torch.arange(len(rows)).split(config.micro_batch_size or config.batch_size):
+        batch = data.collate(rows, part).to(model.device)
+        logps += [torch.stack(logps_of(model, batch, config))]
+    return torch.cat(logps, 1)
 
 
 def means(columns):
     return {name: column.mean().item() for name, column in columns.items()}
 
 
-def gap_closed(row, rows, config):
+def gap_closed(row, results, config):
     """1 - KL(pi || pi*) / KL(pi_ref || pi*): 0 at the reference, 1 at the optimum of Eq. 4."""
-    known = not config.data and config.labels != "deterministic"  # Eq. 7 then has no finite optimum
-    return 1 - row["kl_to_optimum"] / rows["reference"]["kl_to_optimum"] if known else None
+    if config.data or config.labels == "deterministic":
+        return None  # nothing to compare with: unknown, or Eq. 7 has no finite optimum
+    return 1 - row["kl_to_optimum"] / results["reference"]["kl_to_optimum"]
 
 
 def progress(line, keep):
@@ -311,15 +309,13 @@ def samples(model, task, seed):
     lines = []
     for prompt in task.prompts:
         ids = torch.tensor([prompt], device=model.device)
-        end = task.tokenizer.eot_token
-        ids = model.generate(ids, task.max_answer, task.temperature, stop_token=end)
+        ids = model.generate(ids, task.max_answer, task.temperature, None, task.tokenizer.eot_token)
         lines.append(task.tokenizer.decode(ids[0].tolist()).strip())
     return lines
 
 
 def report(summary, before, after):
-    print("\nsamples before DPO", *before, sep="\n  ")
-    print("samples after DPO", *after, sep="\n  ")
+    print("\nsamples before DPO:", *before, "\nsamples after DPO:", *after, sep="\n")
     columns = list(summary["rows"]["reference"])
     print("\n" + " " * 9, *columns, sep="  ")
     for name, row in summary["rows"].items():
@@ -328,7 +324,7 @@ def report(summary, before, after):
     print(f"gap closed: {gap}\n{summary['seconds']:.0f} s; see {summary['config']['out']}/")
 
 
-def plot(history, rows, path):
+def plot(history, results, path):
     """curves.png: did it learn, and what did it do to the loss, the rewards and the log-probs?"""
     panels = {
         "reward; KL in nats": ("expected_reward", "kl_to_reference", "objective"),
@@ -340,29 +336,28 @@ def plot(history, rows, path):
     panels = [(ylabel, keys) for ylabel, keys in panels.items() if keys[0] in history[-1]]
     fig = Figure(figsize=(11, 7), layout="constrained")
     for ax, (ylabel, keys) in zip(fig.subplots(2, 2).flat, panels):
-        lines = [line for line in [{"step": 0} | rows["reference"], *history] if keys[0] in line]
+        lines = [line for line in [{"step": 0} | results["reference"], *history] if keys[0] in line]
         for key, style in zip(keys, ("-", "--", ":")):
             steps, values = [line["step"] for line in lines], [line[key] for line in lines]
             ax.plot(steps, values, style, label=key.replace("_", " "))
         if "objective" in keys:
-            ax.axhline(rows["optimum"]["objective"], color="black", lw=1, label="objective of pi*")
+            ax.axhline(results["optimum"]["objective"], color="black", label="objective of pi*")
         ax.set(xlabel="DPO step", ylabel=ylabel)
         ax.legend()
     fig.savefig(path, dpi=120)
 
 
 def parse_args(argv):
-    """The flags, on top of REAL with --data, of TOY without. InputError if they make no sense."""
+    """The flags on top of REAL with --data, of TOY without. InputError if they make no sense."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: refuse(f"{message}; see --help")
-    flags = {knob.name: "--" + knob.name.replace("_", "-") for knob in fields(Config)}
-    for knob in fields(Config):
-        defaults = f"{getattr(TOY, knob.name)}; with --data {getattr(REAL, knob.name)}"
-        help = f"{knob.metadata['help']} (default: {defaults})"
-        kind = {"type": knob.type, "choices": knob.metadata["choices"]}
-        if knob.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(flags[knob.name], default=argparse.SUPPRESS, help=help, **kind)
+    flags = {setting.name: "--" + setting.name.replace("_", "-") for setting in fields(Config)}
+    for setting in fields(Config):
+        defaults = f"{getattr(TOY, setting.name)}; with --data {getattr(REAL, setting.name)}"
+        help = f"{setting.metadata['help']} (default: {defaults})"
+        typed = {"type": setting.type, "choices": setting.metadata["choices"]}
+        kind = {"action": argparse.BooleanOptionalAction} if setting.type is bool else typed
+        parser.add_argument(flags[setting.name], default=argparse.SUPPRESS, help=help, **kind)
     given = vars(parser.parse_args(argv))
     config = replace(REAL if given.get("data") else TOY, **given)
 
@@ -370,19 +365,23 @@ def parse_args(argv):
     dead |= {"n_layer", "n_head", "n_embd"} if config.init else set()
     for name in dead & set(given):
         refuse(f"{flags[name]} has no effect {'here' if config.data else 'without --data'}")
-    for knob in fields(Config):
-        value, may_be_0 = getattr(config, knob.name), knob.name in MAY_BE_0
-        if knob.type in (int, float) and not (0 < value < math.inf or value == 0 and may_be_0):
-            refuse(f"{flags[knob.name]} must be {'0 or more' if may_be_0 else 'over 0'}: {value}")
+    for setting in fields(Config):
+        value, may_be_0 = getattr(config, setting.name), setting.name in MAY_BE_0
+        if setting.type in (int, float) and not (0 < value < math.inf or (value == 0 and may_be_0)):
+            refuse(f"{flags[setting.name]} must be {'0 or over' if may_be_0 else 'over 0'}")
     if config.n_embd % config.n_head:
         refuse(f"--n-embd {config.n_embd} does not divide into --n-head {config.n_head}")
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.mps.is_available(), "cpu": True}
-    device = next(d for d in there if there[d]) if config.device == "auto" else config.device
-    return replace(config, device=device) if there[device] else refuse(f"there is no {device} here")
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    device = [*there, "cpu"][0] if config.device == "auto" else config.device
+    if device not in [*there, "cpu"]:
+        refuse(f"--device {device} is not available here")
+    auto = "toy" if not config.data else "gpt2" if config.init else "bytes"
+    tokenizer = auto if config.tokenizer == "auto" else config.tokenizer
+    return replace(config, device=device, tokenizer=tokenizer)
 
 
 def refuse(message):
-    raise InputError(message)
+    raise data.InputError(message)
 
 
 def build_model(config, tokenizer):
@@ -391,7 +390,7 @@ def build_model(config, tokenizer):
         return GPT(GPTConfig(tokenizer.n_vocab, config.block_size, *shape)).to(config.device)
     model = GPT.from_pretrained(config.init)
     if model.config.vocab_size != tokenizer.n_vocab or model.config.n_positions < config.block_size:
-        refuse(f"{model.config}, but --tokenizer {tokenizer.name} has {tokenizer.n_vocab} tokens")
+        refuse(f"{config.init}: {model.config}, --tokenizer has {tokenizer.n_vocab} tokens")
     return model.to(config.device)
 
 

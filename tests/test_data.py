@@ -163,6 +163,9 @@ def test_batches_cover_every_epoch_in_a_new_order():
     assert first != second and epochs(0) == [first, second] and epochs(1) != [first, second]
     spread = [max(len(rows[i][0]) for i in b) - min(len(rows[i][0]) for i in b) for b in first]
     assert max(spread) <= 2, "rows of similar length belong together"
+    shortest = [min(len(rows[i][0]) for i in batch) for batch in first]
+    assert shortest != sorted(shortest), "the batches themselves come in no order of length"
+    assert collate([TokenPair(*row) for row in rows], [4, 0]).pair_ids.tolist() == [4, 0]
 
 
 def test_toy_rewards_by_hand():
@@ -202,6 +205,7 @@ def test_corpus_is_seeded_and_varied():
     assert corpus != world.corpus(torch.Generator().manual_seed(1), n=5000)
     answers = {pair.chosen for pair in corpus}
     assert "" in answers and " not very dull" in answers and len(answers) > 500
+    assert {pair.prompt for pair in corpus} == set(world.prompts)
     clean = {pair.chosen for pair in world.corpus(torch.Generator().manual_seed(0), n=5000, slip=0)}
     assert len(clean) == 36, "[not] [very | quite] and six opinions: 2 * 3 * 6 sentences"
 
@@ -225,3 +229,18 @@ def test_labels():
     assert (deterministic.p == 1).all() and (gap >= 0).all()
     with pytest.raises(KeyError):
         draw("harsh")
+
+
+def test_pairs_come_from_the_policy_and_the_seed():
+    world = ToyWorld("small")
+    logps = torch.full((2, 1111), -torch.inf, dtype=torch.float64)
+    logps[:, 3], logps[:, 7] = torch.tensor([0.75, 0.25], dtype=torch.float64).log()
+    draws = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)  # the global generator has no say
+        draws.append(world.draw_pairs(logps, 4000, "hard", torch.Generator().manual_seed(0)))
+    assert all(torch.equal(a, b) for a, b in zip(*draws))
+    both = torch.cat([draws[0].chosen, draws[0].rejected])
+    assert set(both.tolist()) == {3, 7} and abs((both == 3).double().mean() - 0.75) < 0.03
+    one = world.draw_pairs(logps, 1, "hard", torch.Generator().manual_seed(0))
+    assert len(one.p) == 1, "a prompt that no pair falls to is no problem"

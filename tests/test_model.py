@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from model import GPT, GPTConfig
+from model import PUBLISHED, GPT, GPTConfig
 
 
 @pytest.fixture
@@ -117,3 +118,98 @@ def test_unreadable_checkpoints_are_one_line(model, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "pytorch_model.bin").write_bytes(b"torn")
     refused("unreadable")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    refused("unreadable")
+
+
+def plain_gpt2(weights, ids, heads, layers):
+    """GPT-2 written down once more, straight from weights as its checkpoints hold them."""
+    C = weights["wte.weight"].shape[1]
+
+    def norm(x, name):
+        return F.layer_norm(x, (C,), weights[name + ".weight"], weights[name + ".bias"])
+
+    def linear(x, name):
+        return x @ weights[name + ".weight"] + weights[name + ".bias"]
+
+    x = weights["wte.weight"][ids] + weights["wpe.weight"][: len(ids)]
+    for i in range(layers):
+        qkv = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(C, -1)
+        mixed = []
+        for q, k, v in zip(*(part.split(C // heads, -1) for part in qkv)):
+            scores = q @ k.T / (C // heads) ** 0.5
+            later = torch.ones_like(scores).triu(1).bool()
+            mixed.append(scores.masked_fill(later, -torch.inf).softmax(-1) @ v)
+        x = x + linear(torch.cat(mixed, -1), f"h.{i}.attn.c_proj")
+        u = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        u = 0.5 * u * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (u + 0.044715 * u**3)))
+        x = x + linear(u, f"h.{i}.mlp.c_proj")
+    return norm(x, "ln_f") @ weights["wte.weight"].T
+
+
+def checkpoint(C, layers):
+    """Random weights under the names and in the layout of GPT-2's published checkpoints."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"wte.weight": (7, C), "wpe.weight": (10, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    for i in range(layers):
+        for name, d_in, d_out in (
+            ("attn.c_attn", C, 3 * C),
+            ("attn.c_proj", C, C),
+            ("mlp.c_fc", C, 4 * C),
+            ("mlp.c_proj", 4 * C, C),
+        ):
+            shapes |= {f"h.{i}.{name}.weight": (d_in, d_out), f"h.{i}.{name}.bias": (d_out,)}
+        for name in ("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"):
+            shapes[f"h.{i}.{name}"] = (C,)
+    return {name: 0.5 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_gpt2_checkpoints_mean_what_they_say(tmp_path, prefix):
+    weights = checkpoint(16, 2)
+    stored = {prefix + name: tensor for name, tensor in weights.items()}
+    stored |= {
+        prefix + "h.0.attn.bias": torch.ones(10, 10),
+        "lm_head.weight": weights["wte.weight"],
+    }
+    torch.save(stored, tmp_path / "pytorch_model.bin")
+    shape = {"vocab_size": 7, "n_positions": 10, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"resid_pdrop": 0.1}))
+    ids = torch.tensor([1, 5, 2, 6, 0])
+    got = GPT.from_pretrained(str(tmp_path))(ids[None])[0]
+    torch.testing.assert_close(got, plain_gpt2(weights, ids, 2, 2), rtol=1e-4, atol=1e-4)
+
+
+def test_published_names(monkeypatch):
+    assert all(n_embd // n_head == 64 for n_embd, _, n_head in PUBLISHED.values())
+    layers = {name: n_layer for name, (_, n_layer, _) in PUBLISHED.items()}
+    assert layers == {"gpt2": 12, "gpt2-medium": 24, "gpt2-large": 36, "gpt2-xl": 48}
+    asked = []
+
+    def download(url, **settings):
+        asked.append((url, settings["weights_only"]))
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", download)
+    with pytest.raises(OSError, match="no network"):
+        GPT.from_pretrained("gpt2")
+    assert asked[0][0].endswith("/gpt2/resolve/main/pytorch_model.bin") and asked[0][1]
+
+
+def test_initial_weights_are_gpt2s():
+    torch.manual_seed(0)
+    weights = GPT(GPTConfig(500, 64, 64, 2, 2)).state_dict()
+    assert abs(weights["wte.weight"].std() - 0.02) < 0.001
+    assert abs(weights["h.1.mlp.c_proj.weight"].std() - 0.01) < 0.001, "0.02 / sqrt(2 n_layer)"
+    assert not weights["h.0.attn.c_attn.bias"].any() and (weights["ln_f.weight"] == 1).all()
+
+
+def test_generate_against_a_plain_loop(model):
+    ids = wanted = torch.tensor([[1, 2, 3]])
+    for _ in range(12):
+        likeliest = model(wanted[:, -10:])[:, -1].argmax(-1, keepdim=True)
+        wanted = torch.cat([wanted, likeliest], 1)
+    assert torch.equal(model.generate(ids, 12, temperature=0), wanted)
+    assert model.generate(ids, 1, top_k=100).shape == (1, 4), "more than there are is all"
+    stopped = model.generate(ids, 8, temperature=0, stop_token=wanted[0, 3].item())
+    assert stopped.shape == (1, 4), "all rows have stopped"

