@@ -46,7 +46,7 @@ class Config:
     beta: float = knob(1.0, "strength of the leash to the reference")
     sft_epochs: float = knob(20.0, "passes over the SFT corpus or the chosen answers; 0 for none")
     sft_lr: float = knob(1e-2, "learning rate of SFT")
-    epochs: float = knob(15.0, "passes over the pairs")
+    epochs: float = knob(18.0, "passes over the pairs")
     lr: float = knob(1e-2, "learning rate of DPO")
     warmup_steps: int = knob(150, "steps of linear warm-up, at most a tenth of the run")
     decay: bool = knob(True, "let the learning rate fall linearly to 0 afterwards")
