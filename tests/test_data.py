@@ -179,6 +179,7 @@ def test_toy_rewards_by_hand():
         (" The film was", " good dull", 0.0),  # the mean of two opinions, not their sum
         (" The film was", " not film good", 2.0),  # "not" turns the next word only
         (" The film was", " good not", 2.0),
+        (" The hotel was", " good quiet", 1.75),  # again the mean
     ):
         assert world.reward(prompt, answer) == reward, (prompt, answer)
     x, y = world.prompts.index(" The hotel was"), world.answers.index(" not very dull")
@@ -244,3 +245,8 @@ def test_pairs_come_from_the_policy_and_the_seed():
     assert set(both.tolist()) == {3, 7} and abs((both == 3).double().mean() - 0.75) < 0.03
     one = world.draw_pairs(logps, 1, "hard", torch.Generator().manual_seed(0))
     assert len(one.p) == 1, "a prompt that no pair falls to is no problem"
+    assert set(draws[0].prompt.tolist()) == {0, 1}
+    i = (draws[0].chosen != draws[0].rejected).nonzero()[0].item()
+    x, y, z = (part[i] for part in draws[0][:3])
+    wanted = Pair(world.prompts[x], world.answers[y], world.answers[z])
+    assert world.texts(draws[0])[i] == wanted

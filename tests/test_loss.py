@@ -7,6 +7,7 @@ import torch
 
 import data
 import dpo
+from model import GPT, GPTConfig
 
 PAIRS = [torch.tensor(x) for x in ([-2.0, -6.0], [-4.0, -1.0], [-3.0, -3.0], [-3.0, -5.0])]
 
@@ -73,3 +74,17 @@ def test_pair_rows_of_bfloat16_logits_are_summed_in_float32():
     for a, b in zip(got, exact):
         assert a.dtype == torch.float32 and b.dtype == torch.float64
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=0)
+
+
+def test_a_row_without_a_second_answer_is_the_plain_sequence():
+    """SFT rows: the chosen answer's log-prob is what it is beside a rejected one, even a long one."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(5, 12, 16, 1, 2)).double()
+    rows = [data.TokenPair([1, 2], [3, 4, 0], [2, 2, 2, 0]), data.TokenPair([3], [0], [1, 0])]
+    alone = [row._replace(rejected=[]) for row in rows]
+    both, _ = dpo.response_logps(model, data.collate(rows, [0, 1]))
+    chosen, none = dpo.response_logps(model, data.collate(alone, [0, 1]))
+    torch.testing.assert_close(chosen, both, rtol=1e-12, atol=0)
+    assert not none.any()
+    batch = data.collate(alone, [0, 1])
+    assert batch.ids.tolist() == [[1, 2, 3, 4], [3, 0, 0, 0]], "nothing is fed but the sequence"

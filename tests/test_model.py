@@ -164,6 +164,11 @@ def checkpoint(C, layers):
     return {name: 0.5 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
+def published_shapes(C, layers):
+    shapes = {name: tensor.shape for name, tensor in checkpoint(C, layers).items()}
+    return shapes | {"wte.weight": (50257, C), "wpe.weight": (1024, C)}
+
+
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 def test_gpt2_checkpoints_mean_what_they_say(tmp_path, prefix):
     weights = checkpoint(16, 2)
@@ -193,6 +198,11 @@ def test_published_names(monkeypatch):
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", download)
     with pytest.raises(OSError, match="no network"):
         GPT.from_pretrained("gpt2")
+    shapes = {name: torch.zeros(shape) for name, shape in published_shapes(8, 3).items()}
+    monkeypatch.setitem(PUBLISHED, "tiny", (8, 3, 4))
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", lambda *_, **__: shapes)
+    tiny = GPT.from_pretrained("tiny").config
+    assert (tiny.n_embd, tiny.n_layer, tiny.n_head) == (8, 3, 4)
     assert asked[0][0].endswith("/gpt2/resolve/main/pytorch_model.bin") and asked[0][1]
 
 
