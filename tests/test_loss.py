@@ -77,7 +77,7 @@ def test_pair_rows_of_bfloat16_logits_are_summed_in_float32():
 
 
 def test_a_row_without_a_second_answer_is_the_plain_sequence():
-    """SFT rows: the chosen answer's log-prob is what it is beside a rejected one, even a long one."""
+    """SFT rows: the chosen answer's log-prob is what it is beside a rejected one."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(5, 12, 16, 1, 2)).double()
     rows = [data.TokenPair([1, 2], [3, 4, 0], [2, 2, 2, 0]), data.TokenPair([3], [0], [1, 0])]
