@@ -53,7 +53,7 @@ def optimal_policy(ref_logps, rewards, beta):
 
     Two (..., Y) -> log pi_r(y|x) (..., Y) and log Z(x) (...). ValueError unless beta > 0.
     """
-    check_beta(beta)
+    check_settings(beta)
     unnormalised = ref_logps + rewards / beta
     log_Z = unnormalised.logsumexp(-1)  # a sum over all answers: listed here, hopeless in general
     return unnormalised - log_Z[..., None], log_Z  # (4)
@@ -64,7 +64,7 @@ def implicit_reward(policy_logps, ref_logps, beta):
 
     ValueError unless beta > 0, here and in all that builds on it.
     """
-    check_beta(beta)
+    check_settings(beta)
     assert policy_logps.shape == ref_logps.shape, (policy_logps.shape, ref_logps.shape)
     return beta * (policy_logps - ref_logps)  # (5) without beta log Z(x), the same for all answers
 
@@ -101,44 +101,84 @@ def dpo_loss(
 def dpo_gradient(
     policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1
 ):
-    """The gradient of each pair's Eq. 7 loss by hand, section 4: both (B,), each the factor of its
-    answer's grad log pi in the paper's display.
+    """Section 4's gradient of each pair's Eq. 7 loss, by hand: d loss / d policy_chosen_logps and
+    d loss / d policy_rejected_logps, each (B,), the factors of grad log pi in the paper's display.
 
-    -> d loss / d policy_chosen_logps, d loss / d policy_rejected_logps. Descent raises the chosen
-    answer and lowers the rejected one, most where r-hat ranks them confidently the wrong way round.
-    (Appendix A.4 prints the weight as sigma(r_chosen - r_rejected): a misprint, as are the signs in
-    Eq. 21. At policy == reference both weights are 1/2, so a check there cannot tell.)
+    Descent raises the chosen answer and lowers the rejected one, most where r-hat ranks them
+    confidently the wrong way round. (A.4 in the appendix prints sigma(r_chosen - r_rejected), a
+    misprint like the signs of Eq. 21 and 22; at policy == reference both are 1/2 and none shows.)
     """
-    check_shapes(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    chosen_rewards = implicit_reward(policy_chosen_logps, ref_chosen_logps, beta)
-    rejected_rewards = implicit_reward(policy_rejected_logps, ref_rejected_logps, beta)
-    weights = torch.sigmoid(rejected_rewards - chosen_rewards)
+    logps = policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps
+    weights = torch.sigmoid(-reward_margins(*logps, beta=beta))  # sigma(r_rejected - r_chosen)
     return -beta * weights, beta * weights
 
 
-def describe(
-    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1
-):
-    """What one watches while training, of each pair, from the same four sums: a dict of (B,)."""
-    result = dpo_loss(
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
-    )
-    margins = result.chosen_rewards - result.rejected_rewards
+def describe(*logps, beta=0.1):
+    """What one watches while training, from the four sums of `dpo_loss`: a dict of (B,)."""
+    losses, weights, chosen_rewards, rejected_rewards = dpo_loss(*logps, beta=beta)
+    margins = chosen_rewards - rejected_rewards
     return {
-        "loss": result.losses,
+        "loss": losses,
         "margin": margins,
-        "weight": result.weights,
+        "weight": weights,
         "accuracy": accuracy(margins),
-        "chosen_reward": result.chosen_rewards,
-        "rejected_reward": result.rejected_rewards,
-        "chosen_logp": policy_chosen_logps,
-        "rejected_logp": policy_rejected_logps,
+        "chosen_reward": chosen_rewards,
+        "rejected_reward": rejected_rewards,
+        "chosen_logp": logps[0],
+        "rejected_logp": logps[1],
     }
 
 
 def accuracy(margins):
     """1 where the chosen answer is ahead, 0 where it is behind; a tie, as at first, counts half."""
     return (margins > 0).float() + (margins == 0).float() / 2
+
+
+# The family: other convex functions f of the margin m = r_w - r_l (GPO, arXiv 2402.05749). Each
+# pulls on grad log pi(y_w) - grad log pi(y_l) with beta (-f'(m)); for DPO, -f'(m) is the weight.
+# `logps`: the four of dpo_loss. (B,) losses; ValueError unless beta > 0 and 0 <= epsilon < 1/2.
+
+
+def reward_margins(*logps, beta):
+    """m = r_w - r_l, the argument of Eq. 7's sigmoid: four (B,) -> (B,). ValueError as there."""
+    check_shapes(*logps)
+    policy_chosen, policy_rejected, ref_chosen, ref_rejected = logps
+    chosen_rewards = implicit_reward(policy_chosen, ref_chosen, beta)
+    return chosen_rewards - implicit_reward(policy_rejected, ref_rejected, beta)
+
+
+def cdpo_loss(*logps, beta=0.1, epsilon=0.1):
+    """Eq. 7 where a share epsilon of the labels is wrong: a pair rests at sigma(m) = 1 - epsilon.
+
+    Mitchell 2023, "A note on DPO with noisy preferences", Eq. 3.
+    """
+    check_settings(beta, epsilon)
+    m = reward_margins(*logps, beta=beta)
+    return -(1 - epsilon) * F.logsigmoid(m) - epsilon * F.logsigmoid(-m)
+
+
+def robust_loss(*logps, beta=0.1, epsilon=0.1):
+    """cDPO made unbiased: its mean over label flips is the clean Eq. 7. rDPO, arXiv 2403.00409."""
+    check_settings(beta, epsilon)
+    m = reward_margins(*logps, beta=beta)
+    return (-(1 - epsilon) * F.logsigmoid(m) + epsilon * F.logsigmoid(-m)) / (1 - 2 * epsilon)
+
+
+def ipo_loss(*logps, beta=0.1):
+    """(rho - 1 / (2 beta))^2 with rho = m / beta: a finite target, m = 1/2, even for a sure label.
+
+    Azar et al. 2023, arXiv 2310.12036, Eq. 17; beta is their tau. (TRL takes means over tokens.)
+    """
+    return ((reward_margins(*logps, beta=beta) - 0.5) / beta) ** 2
+
+
+def hinge_loss(*logps, beta=0.1):
+    """max(0, 1 - m): full pull up to a margin of 1, none beyond. RSO's hinge, arXiv 2309.06657."""
+    return F.relu(1 - reward_margins(*logps, beta=beta))
+
+
+# What --loss offers
+LOSSES = dict(dpo=dpo_loss, cdpo=cdpo_loss, robust=robust_loss, ipo=ipo_loss, hinge=hinge_loss)
 
 
 # More than two answers: appendix A.3
@@ -194,15 +234,14 @@ def at_least_float32(logits):
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def check_beta(beta):
+def check_settings(beta, epsilon=0.0):
     if not beta > 0:  # at beta = 0 the loss is log 2 for ever and the gradient 0
         raise ValueError(f"beta must be greater than 0, got {beta}")
+    if not 0 <= epsilon < 0.5:  # at 1/2 the labels say nothing, beyond it they lie
+        raise ValueError(f"epsilon must be at least 0 and less than 1/2, got {epsilon}")
 
 
 def check_shapes(first, *others, dims=1):
     """Broadcasting a (B, 1) against a (B,) would give B * B pairs and a plausible loss."""
     for other in others:
         assert first.dim() == dims and first.shape == other.shape, (first.shape, other.shape)
-
-
-LOSSES = {"dpo": dpo_loss}  # what --loss offers: functions of the same four sums

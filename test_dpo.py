@@ -1,144 +1,245 @@
-"""The paper as tests: each named after what it checks, each against a value from elsewhere:
-worked out by hand, listed exactly, from finite differences, or from a slow loop.
+"""The paper as tests, in its order: each is named after what it checks, against a value from
+elsewhere: worked out by hand, listed exactly, or from finite differences. When one fails, its
+message says which equation is off, and what the usual mistake is.
 
-When one fails, its message says which equation is off and what the usual mistake is.
+    python -m pytest test_dpo.py                        checks dpo.py
+    DPO_MODULE=my_dpo python -m pytest test_dpo.py      grades my_dpo.py in its place
 """
 
-import copy
-import dataclasses
+import importlib
 import itertools
 import math
+import os
 
 import pytest
 import torch
 
 import data
-import dpo
-import train
 from model import GPT, GPTConfig
+
+dpo = importlib.import_module(os.environ.get("DPO_MODULE", "dpo"))
+f64 = torch.float64
 
 # Two pairs whose numbers can be followed on paper, at beta = 1/2.
 #   pair 0: r_w = 0.5 (-2 + 3) = 0.5,  r_l = 0.5 (-4 + 3) = -0.5,  margin  1.0  ranked right
 #   pair 1: r_w = 0.5 (-6 + 3) = -1.5, r_l = 0.5 (-1 + 5) =  2.0,  margin -3.5  confidently wrong
 BETA = 0.5
-PAIRS = (
-    torch.tensor([-2.0, -6.0], dtype=torch.float64),  # policy, chosen
-    torch.tensor([-4.0, -1.0], dtype=torch.float64),  # policy, rejected
-    torch.tensor([-3.0, -3.0], dtype=torch.float64),  # reference, chosen
-    torch.tensor([-3.0, -5.0], dtype=torch.float64),  # reference, rejected
-)
+PAIRS = torch.tensor([[-2, -6], [-4, -1], [-3, -3], [-3, -5]], dtype=f64)  # policy w, l; reference
 LOSSES = [0.31326168751822286, 3.5297504182726205]  # log(1 + e^-1), log(1 + e^3.5)
 WEIGHTS = [0.2689414213699951, 0.9706877692486436]  # sigma(-1), sigma(3.5)
 
 
-def expect(got, expected, why, tolerance=1e-12):
+def softplus(*xs):
+    return [math.log1p(math.exp(x)) for x in xs]
+
+
+MISTAKES = {  # what Eq. 7 gives on these pairs when one thing is wrong
+    "the sign of the margin is inverted, or chosen and rejected are exchanged": softplus(1, -3.5),
+    "the minus before the log is missing": [-loss for loss in LOSSES],
+    "the reference is left out": softplus(-1, 2.5),
+    "the reference is added, or its chosen and rejected are exchanged": softplus(-1, 1.5),
+    "the policy's chosen and rejected are exchanged": softplus(1, -1.5),
+    "beta is missing": softplus(-2, 7),
+    "beta is applied twice": softplus(-0.5, 1.75),
+    "beta divides": softplus(-4, 14),
+    "beta stands before the log": [BETA * x for x in softplus(-2, 7)],
+    "beta stands before the log as well": [BETA * loss for loss in LOSSES],
+    "beta multiplies the policy's log-probs alone": softplus(-1, 4.5),
+    "the log is missing": [WEIGHTS[0] - 1, WEIGHTS[1] - 1],
+}
+
+# A space small enough to list: 2 prompts, and to each the 27 answers of 3 tokens out of 3.
+random = torch.Generator().manual_seed(1)
+REF = torch.randn(2, 27, generator=random, dtype=f64).log_softmax(-1)
+REWARDS = torch.randn(2, 27, generator=random, dtype=f64)
+POLICIES = (1.5 * torch.randn(50, 2, 27, generator=random, dtype=f64)).log_softmax(-1)
+REFS = REF.expand_as(POLICIES)
+Z = (REF.exp() * (REWARDS / BETA).exp()).sum(-1)  # Eq. 4 written out, (2,)
+BEST = (REF.exp() * (REWARDS / BETA).exp() / Z[:, None]).log()
+F_OF_X = torch.tensor([[7.0], [-4.0]], dtype=f64)  # any number for each prompt
+I, J = torch.triu_indices(27, 27, offset=1)  # every pair of answers
+LABELS = REWARDS[:, I].exp() / (REWARDS[:, I].exp() + REWARDS[:, J].exp())  # Eq. 1, (2, 351)
+ENTROPY = -(LABELS * LABELS.log() + (1 - LABELS) * (1 - LABELS).log()).mean()
+RANKINGS = torch.tensor(list(itertools.permutations(range(4))))
+
+
+def expect(got, expected, why, tolerance=1e-12, mistakes=None):
     """Compare, and on failure say which equation it was and what the usual mistake is."""
-    got = torch.as_tensor(got, dtype=torch.float64).detach()
-    expected = torch.as_tensor(expected, dtype=torch.float64).detach()
-    assert got.shape == expected.shape, f"{why}\n  shape {got.shape}, expected {expected.shape}"
-    off = (got - expected).abs().max().item()
-    assert off <= tolerance, f"{why}\n  got {got}\n  expected {expected}\n  off by {off:.2g}"
+    __tracebackhide__ = True  # pytest then points at the test
+    got, expected = (torch.as_tensor(x, dtype=f64).detach() for x in (got, expected))
+    if got.shape != expected.shape:
+        shapes = f"got shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+        raise AssertionError(f"{why}\n  {shapes}: a value for each pair, no mean or sum over pairs")
+    if not (got - expected).abs().max() <= tolerance:  # NaN is no success
+        worst = (got - expected).abs().nan_to_num(torch.inf).argmax()  # of many show one
+        shown = [x if x.numel() < 9 else x.flatten()[worst] for x in (expected, got)]
+        message = "{}\n  expected {}\n  got      {}".format(why, *(x.tolist() for x in shown))
+        for mistake, wrong in (mistakes or {}).items():
+            if torch.allclose(got, torch.as_tensor(wrong, dtype=f64), atol=1e-5):
+                message += f"\n  This is what comes out if {mistake}."
+        raise AssertionError(message)
 
 
-# A space small enough to list: 2 prompts with 27 answers each
+def on_all_pairs(loss):
+    """The mean of a pair loss over all pairs, each label with its exact probability."""
+    return (LABELS * loss(I, J) + (1 - LABELS) * loss(J, I)).mean()
 
 
-@pytest.fixture
-def space():
-    """Reference log-probs and rewards (2, 27), and random policies on the same answers."""
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    return draw(2, 27).log_softmax(-1), 2 * draw(2, 27), (1.5 * draw(50, 2, 27)).log_softmax(-1)
+def descend(loss_of, start):
+    """The policy that minimises a loss, from a start: Adam on its logits, Newton to the end."""
+    logits = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss_of(logits.log_softmax(-1)).backward()
+        optimizer.step()
+    loss, x = lambda x: loss_of(x.view_as(start).log_softmax(-1)), logits.detach().flatten()
+    for _ in range(4):
+        hessian = torch.autograd.functional.hessian(loss, x)
+        slope = torch.autograd.functional.jacobian(loss, x)
+        x = x - torch.linalg.pinv(hessian, rtol=1e-10) @ slope  # pinv: log_softmax ignores a shift
+    return x.view_as(start).log_softmax(-1)
 
 
 # Section 3: Bradley-Terry, the reward model, the objective
 
 
-def test_eq1_bradley_terry_by_hand():
-    one, two = torch.tensor([1.0, 3.0, -200.0]), torch.tensor([0.0, 3.0, 200.0])
-    why = "Eq. 1: P(y_1 beats y_2) = e^r1 / (e^r1 + e^r2); are the two rewards exchanged?"
-    expect(dpo.bradley_terry(one, two), [math.e / (math.e + 1), 0.5, 0.0], why, 1e-7)
-    both = dpo.bradley_terry(one, two) + dpo.bradley_terry(two, one)
-    expect(both, [1.0, 1.0, 1.0], "Eq. 1: one of the two must win", 1e-7)
+def test_eq1_bradley_terry():
+    one, two = REWARDS[:, :, None], REWARDS[:, None, :]
+    got, wanted = dpo.bradley_terry(one, two), one.exp() / (one.exp() + two.exp())
+    wrong = {"the two rewards are exchanged": wanted.mT}
+    expect(got, wanted, "Eq. 1: P(y_1 beats y_2) = e^r1 / (e^r1 + e^r2)", mistakes=wrong)
+    expect(got + got.mT, torch.ones(2, 27, 27), "Eq. 1: one of the two must win")
+    far = dpo.bradley_terry(torch.tensor([-2000.0, 2000.0]), torch.tensor([2000.0, -2000.0]))
+    expect(far, [0.0, 1.0], "Eq. 1 for rewards far apart: use a sigmoid, e^2000 overflows")
 
 
-def test_eq2_reward_model_loss_by_hand():
-    losses = dpo.reward_model_loss(torch.tensor([0.5, -1.5]), torch.tensor([-0.5, 2.0]))
-    expect(losses, LOSSES, "Eq. 2: -log sigma(r_w - r_l) of each pair; is the sign right?", 1e-6)
+def test_eq2_reward_model_loss_and_its_minimum():
+    losses = dpo.reward_model_loss(*torch.tensor([[0.5, -1.5], [-0.5, 2.0]], dtype=f64))
+    why = "Eq. 2: -log sigma(r_w - r_l) of each pair"
+    expect(losses, LOSSES, why, mistakes=MISTAKES)
+    r = (REWARDS + F_OF_X).requires_grad_()
+
+    def loss(w, l):
+        return dpo.reward_model_loss(r[:, w].flatten(), r[:, l].flatten()).view(2, -1)
+
+    mean = on_all_pairs(loss)
+    mean.backward()
+    expect(mean, ENTROPY, "Eq. 2: its minimum is the entropy of the labels")
+    expect(r.grad, torch.zeros(2, 27), "Eq. 2: at r* + f(x) its gradient is 0, for all x and y")
 
 
-def test_eq3_objective_of_a_coin_by_hand():
-    policy = torch.tensor([0.9, 0.1], dtype=torch.float64).log()
-    ref = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
-    kl = 0.9 * math.log(1.8) + 0.1 * math.log(0.2)
-    objective = dpo.rlhf_objective(policy, ref, torch.tensor([2.0, -1.0]), beta=0.3)
-    why = "Eq. 3: J = E_pi[r] - beta KL(pi || pi_ref), with the expectation under pi, not pi_ref"
-    expect(objective, 0.9 * 2 - 0.1 - 0.3 * kl, why)
+def test_eq3_objective_of_a_coin():
+    policy, ref = torch.tensor([[0.9, 0.1], [0.5, 0.5]], dtype=f64).log()
+    kl, reverse = 0.9 * math.log(1.8) + 0.1 * math.log(0.2), -0.5 * math.log(1.8 * 0.2)
+    mistakes = {
+        "the KL is added": 1.7 + 0.3 * kl,
+        "beta is missing": 1.7 - kl,
+        "the KL is KL(pi_ref || pi), the other way round": 1.7 - 0.3 * reverse,
+        "the expected reward is taken under pi_ref": 0.5 - 0.3 * kl,
+    }
+    why = "Eq. 3: J = E_pi[r] - beta KL(pi || pi_ref), both expectations under pi"
+    got = dpo.rlhf_objective(policy, ref, torch.tensor([2.0, -1.0]), beta=0.3)
+    expect(got, 0.9 * 2 - 0.1 - 0.3 * kl, why, mistakes=mistakes)
+    sure = torch.tensor([0.0, -math.inf], dtype=f64)
+    expect(dpo.kl_divergence(sure, ref), math.log(2), "the KL of Eq. 3: 0 log 0 is 0, not NaN")
 
 
-def test_eq3_an_answer_of_probability_zero_costs_nothing():
-    policy = torch.tensor([0.0, -math.inf], dtype=torch.float64)
-    ref = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
-    expect(dpo.kl_divergence(policy, ref), math.log(2), "KL: 0 log 0 is 0, not NaN")
+def test_section3_objective_is_the_expected_ppo_reward():
+    shaped = REWARDS - dpo.implicit_reward(POLICIES, REFS, BETA)  # r - beta (log pi - log pi_ref)
+    J = dpo.rlhf_objective(POLICIES, REF, REWARDS, BETA)
+    expect(
+        (POLICIES.exp() * shaped).sum(-1), J, "section 3: the mean of PPO's reward is J of Eq. 3"
+    )
 
 
 # Section 4: the optimum, the reward behind it, the loss
 
 
-@pytest.mark.parametrize("beta", [0.3, 1.0, 5.0])
-def test_eq4_is_the_maximiser_of_eq3(space, beta):
-    ref, rewards, policies = space
-    best, log_Z = dpo.optimal_policy(ref, rewards, beta)
+def test_eq4_optimal_policy():
+    best, log_Z = dpo.optimal_policy(REF, REWARDS, BETA)
+    wrong = {"beta multiplies the reward": (REF + REWARDS * BETA).logsumexp(-1)}
+    expect(log_Z, Z.log(), "Z(x) below Eq. 4: sum of pi_ref exp(r / beta)", mistakes=wrong)
     expect(best.exp().sum(-1), [1.0, 1.0], "Eq. 4: divided by Z(x), the policy sums to 1")
-    J = dpo.rlhf_objective(best, ref, rewards, beta)
-    expect(J, beta * log_Z, "Eq. 4: at the optimum J = beta log Z(x); r / beta or r * beta?")
-    others = dpo.rlhf_objective(policies, ref, rewards, beta)
-    assert (others < J).all(), "Eq. 4: a random policy has a larger J, so this is no maximum"
-    gap = (policies.exp() * (policies - best)).sum(-1)
-    expect(J - others, beta * gap, "Eq. 4: J(pi*) - J(pi) = beta KL(pi || pi*)")
+    expect(best, BEST, "Eq. 4: log pi_ref + r / beta - log Z(x)")
 
 
 @pytest.mark.parametrize("beta", [0.3, 1.0, 5.0])
-def test_eq5_reward_from_its_policy(space, beta):
-    ref, rewards, _ = space
-    best, log_Z = dpo.optimal_policy(ref, rewards, beta)
-    implied = dpo.implicit_reward(best, ref, beta) + beta * log_Z[:, None]
-    expect(implied, rewards, "Eq. 5: r = beta log(pi_r / pi_ref) + beta log Z(x)")
+def test_eq4_is_the_maximiser_of_eq3(beta):
+    best, log_Z = dpo.optimal_policy(REF, REWARDS, beta)
+    top, others = (dpo.rlhf_objective(pi, REF, REWARDS, beta) for pi in (best, POLICIES))
+    expect(top, beta * log_Z, "Eq. 4: at the optimum J = beta log Z(x)")
+    assert (others < top).all(), "Eq. 4: a random policy has a larger J, so this is no maximum"
+    gap = (POLICIES.exp() * (POLICIES - best)).sum(-1)
+    expect(top - others, beta * gap, "Eq. 4: J(pi*) - J(pi) = beta KL(pi || pi*)")
 
 
-def test_eq6_the_normaliser_cancels(space):
-    ref, rewards, _ = space
-    shifted = rewards + torch.tensor([[7.0], [-4.0]])  # any f(x): the same preferences
-    for r in (rewards, shifted):
-        best, _ = dpo.optimal_policy(ref, r, 0.7)
-        h = dpo.implicit_reward(best, ref, 0.7)
-        got = dpo.bradley_terry(h[:, :, None], h[:, None, :])  # every answer against every other
-        wanted = 1 / (1 + (rewards[:, None, :] - rewards[:, :, None]).exp())
-        expect(got, wanted, "Eq. 6: the preferences of pi* are those of r, whatever Z(x) is")
+def test_eq4_is_where_gradient_ascent_on_eq3_arrives():
+    for start in POLICIES[:3]:
+        found = descend(lambda pi: -dpo.rlhf_objective(pi, REF, REWARDS, BETA).sum(), start)
+        expect(found.exp(), BEST.exp(), "Eq. 3: ascent on it must end at pi* of Eq. 4", 1e-4)
+
+
+def test_eq5_reward_from_its_policy():
+    implied = dpo.implicit_reward(BEST, REF, BETA) + BETA * Z.log()[:, None]
+    expect(implied, REWARDS, "Eq. 5: r = beta (log pi_r - log pi_ref) + beta log Z(x)")
+    mean = (REFS.exp() * dpo.implicit_reward(POLICIES, REFS, BETA)).sum(-1)
+    kl = (REFS.exp() * (REFS - POLICIES)).sum(-1)
+    expect(mean, -BETA * kl, "Eq. 5: E_ref[r-hat] = -beta KL(pi_ref || pi)")
+
+
+def test_eq6_the_normaliser_cancels():
+    for r in (REWARDS, REWARDS + F_OF_X):  # the same preferences, another Z(x)
+        pi = dpo.optimal_policy(REF, r, 0.7)[0]
+        sums = (logps[:, side].flatten() for logps in (pi, REF) for side in (I, J))
+        got = (-dpo.dpo_loss(*sums, 0.7).losses).exp().view(2, -1)  # P(I beats J) by Eq. 6
+        expect(got, LABELS, "Eq. 6: the preferences of pi* are those of r, whatever Z(x) is")
 
 
 def test_eq7_by_hand():
-    why = "Eq. 7: -log sigma(beta (log-ratio w - log-ratio l)); is it sign, beta or reference?"
     result = dpo.dpo_loss(*PAIRS, beta=BETA)
-    expect(result.losses, LOSSES, why)
-    expect(result.weights, WEIGHTS, "section 4: the weight is sigma(r_l - r_w), large when wrong")
+    why = "Eq. 7: -log sigma(beta (log-ratio of chosen - log-ratio of rejected))"
+    expect(result.losses, LOSSES, why, mistakes=MISTAKES)
+    wrong = {"it is sigma(r_w - r_l), as A.4 misprints it": [1 - weight for weight in WEIGHTS]}
+    why = "section 4: the weight is sigma(r_l - r_w), large where the ranking is wrong"
+    expect(result.weights, WEIGHTS, why, mistakes=wrong)
     expect(result.chosen_rewards, [0.5, -1.5], "Eq. 5: r_w = beta (policy - reference)")
     expect(result.rejected_rewards, [-0.5, 2.0], "Eq. 5: r_l = beta (policy - reference)")
+    result = dpo.dpo_loss(*PAIRS.clone().requires_grad_(), beta=BETA)
+    carrying = [name for name, value in result._asdict().items() if value.requires_grad]
+    assert carrying == ["losses"], f"Eq. 7: only losses carry a gradient, not {carrying}: detach"
 
 
 def test_eq7_is_log_2_where_policy_is_reference():
-    logps = PAIRS[0], PAIRS[1], PAIRS[0], PAIRS[1]
     why = "Eq. 7: policy == reference costs log 2; do both see chosen and rejected in one order?"
-    expect(dpo.dpo_loss(*logps, beta=0.3).losses, [math.log(2)] * 2, why)
+    expect(dpo.dpo_loss(*PAIRS[:2], *PAIRS[:2], beta=0.3).losses, [math.log(2)] * 2, why)
+
+
+def test_eq7_is_eq2_at_the_implicit_reward():
+    h, pi, ref = BETA * (POLICIES[0, 0] - REF[0]), POLICIES[0, 0], REF[0]
+    losses = dpo.dpo_loss(pi[I], pi[J], ref[I], ref[J], BETA).losses
+    expect(losses, dpo.reward_model_loss(h[I], h[J]), "Eq. 7: it is Eq. 2 at the reward of Eq. 5")
+
+
+@pytest.mark.parametrize("start", POLICIES[:3])
+def test_eq7_population_minimum_is_the_optimum_of_eq4(start):
+    """Over the exact labels Eq. 7 leads from anywhere to pi* of Eq. 4, and only there (Prop. 1)."""
+
+    def loss_of(pi):
+        def loss(w, l):
+            sums = (logps[:, side].flatten() for logps in (pi, REF) for side in (w, l))
+            return dpo.dpo_loss(*sums, BETA).losses.view(2, -1)
+
+        return on_all_pairs(loss)
+
+    why = "Eq. 7: with endless pairs its minimum is pi* of Eq. 4; is the reference left out?"
+    expect(descend(loss_of, start), BEST, why, 1e-8)
+    expect(loss_of(BEST), ENTROPY, "Eq. 7: its minimum is the entropy of the labels")
 
 
 def test_eq7_survives_extreme_margins():
     logps = [torch.tensor([x], requires_grad=True) for x in (-8000.0, -4000.0)]
-    zero = torch.zeros(1)
-    losses = dpo.dpo_loss(*logps, zero, zero, beta=0.3).losses
+    losses = dpo.dpo_loss(*logps, torch.zeros(1), torch.zeros(1), beta=0.3).losses
     losses.sum().backward()
     why = "Eq. 7 at a margin of -1200: use logsigmoid; log(sigmoid(x)) is -inf there"
     expect(losses, [1200.0], why, 1e-3)
@@ -146,312 +247,254 @@ def test_eq7_survives_extreme_margins():
 
 
 @pytest.mark.parametrize("beta", [0.0, -0.1, math.nan])
-def test_eq7_refuses_beta(beta):
-    for function in (dpo.dpo_loss, dpo.dpo_gradient):
-        with pytest.raises(ValueError, match="beta"):
-            function(*PAIRS, beta=beta)
+@pytest.mark.parametrize("name", ["dpo_loss", "dpo_gradient"])
+def test_eq7_refuses_beta(name, beta):
+    with pytest.raises(ValueError, match="beta"):  # at 0 the loss is log 2 for ever
+        getattr(dpo, name)(*PAIRS, beta=beta)
 
 
-@pytest.mark.parametrize("beta", [0.5, 2.0])
-def test_eq7_population_minimum_is_the_optimum_of_eq4(space, beta):
-    """Weighted by the exact Bradley-Terry probabilities, Eq. 7 has its minimum at pi* of Eq. 4."""
-    ref, rewards, policies = (part.narrow(-1, 0, 6) for part in space)  # 6 answers, 36 pairs
-    ref = ref.log_softmax(-1)
-    i, j = torch.tensor(list(itertools.product(range(6), repeat=2))).T
-    p = 1 / (1 + (rewards[:, j] - rewards[:, i]).exp())
-    logits = policies[0].clone().requires_grad_()
-    search = "strong_wolfe"
-    optimizer = torch.optim.LBFGS(
-        [logits], max_iter=500, tolerance_grad=1e-13, tolerance_change=0, line_search_fn=search
-    )
-
-    def closure():
-        optimizer.zero_grad()
-        pi = logits.log_softmax(-1)
-        sums = pi[:, i].flatten(), pi[:, j].flatten(), ref[:, i].flatten(), ref[:, j].flatten()
-        loss = (p.flatten() * dpo.dpo_loss(*sums, beta).losses).sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    best, _ = dpo.optimal_policy(ref, rewards, beta)
-    why = "Eq. 7: with endless pairs its minimum is pi* of Eq. 4; is the reference left out?"
-    expect(logits.log_softmax(-1), best, why, 1e-6)
+def test_appendix_b_code_is_eq7():
+    """Appendix B takes one table of log-probs and the places of winners and losers in it."""
+    pi, ref = POLICIES[0, 0], REF[0]
+    yw, yl = torch.tensor([3, 20, 11, 3]), torch.tensor([7, 1, 26, 20])
+    losses = -torch.sigmoid(0.1 * ((pi[yw] - pi[yl]) - (ref[yw] - ref[yl]))).log()
+    result = dpo.dpo_loss(pi[yw], pi[yl], ref[yw], ref[yl])
+    expect(result.losses, losses, "appendix B: Eq. 7 in the paper's own code, default beta 0.1")
+    expect(result.chosen_rewards, (0.1 * (pi - ref))[yw], "appendix B: rewards, beta (pi - ref)")
 
 
-# Section 4: the gradient, and the misprint
+# The gradient of section 4, and the misprint. Never at policy == reference: there all are right.
+
+
+def slopes(at, side):
+    """d loss / d at[side] by central differences, for each pair."""
+    step = 1e-5 * torch.eye(4, dtype=f64)[side, :, None]
+    up, down = (dpo.dpo_loss(*(at + sign * step), beta=BETA).losses for sign in (1, -1))
+    return (up - down) / 2e-5
 
 
 def test_gradient_by_hand():
-    """Away from policy == reference, where even the misprinted weight would be right."""
     chosen, rejected = dpo.dpo_gradient(*PAIRS, beta=BETA)
-    why = "section 4: d loss / d log pi(y_w) = -beta sigma(r_l - r_w); of y_l it is the opposite"
-    expect(chosen, [-BETA * weight for weight in WEIGHTS], why)
-    expect(rejected, [BETA * weight for weight in WEIGHTS], why)
+    up, down = ([sign * BETA * weight for weight in WEIGHTS] for sign in (-1, 1))
+    mistakes = {
+        "the weight is sigma(r_w - r_l), A.4's misprint": [-BETA * (1 - w) for w in WEIGHTS],
+        "the sign is inverted: descent must raise the chosen answer": down,
+        "beta is missing": [-weight for weight in WEIGHTS],
+    }
+    why = "section 4: d loss / d log pi(y_w) = -beta sigma(r_l - r_w)"
+    expect(chosen, up, why, mistakes=mistakes)
+    why = "section 4: d loss / d log pi(y_l) = +beta sigma(r_l - r_w)"
+    expect(rejected, down, why, mistakes={"chosen and rejected are pulled the same way": up})
 
 
-def test_gradient_by_autograd_and_finite_differences():
-    logps = [part.clone().requires_grad_() for part in PAIRS[:2]]
-    dpo.dpo_loss(*logps, *PAIRS[2:], beta=BETA).losses.sum().backward()
-    by_hand = dpo.dpo_gradient(*PAIRS, beta=BETA)
-    eps = 1e-5
-    for side, name in enumerate(("chosen", "rejected")):
-        why = f"section 4, {name}: formula, autograd and finite differences must agree; a detach?"
-        expect(logps[side].grad, by_hand[side], why)
-        up, down = ([part.clone() for part in PAIRS] for _ in range(2))
-        up[side] += eps
-        down[side] -= eps
-        slope = dpo.dpo_loss(*up, beta=BETA).losses - dpo.dpo_loss(*down, beta=BETA).losses
-        expect(by_hand[side], slope / (2 * eps), why, 1e-8)
+@pytest.mark.parametrize("side, name", [(0, "chosen"), (1, "rejected")])
+def test_gradient_by_autograd_and_finite_differences(side, name):
+    logps = [part.clone().requires_grad_() for part in PAIRS]
+    dpo.dpo_loss(*logps, beta=BETA).losses.sum().backward()
+    grad, slope = logps[side].grad, slopes(PAIRS, side)
+    assert grad is not None, f"Eq. 7: no gradient reaches the policy's {name} log-prob: a detach?"
+    why = f"section 4, {name}: autograd through dpo_loss is not its slope; a detach too many?"
+    expect(grad, slope, why, 1e-8)
+    why = f"section 4, {name}: dpo_gradient is not the slope of dpo_loss"
+    expect(dpo.dpo_gradient(*PAIRS, beta=BETA)[side], slope, why, 1e-8)
 
 
-def test_gradient_appendix_a4_is_a_misprint():
-    """A.4 prints the weight sigma(r_w - r_l): 33 times too small on the wrongly ranked pair."""
-    chosen, _ = dpo.dpo_gradient(*PAIRS, beta=BETA)
-    misprinted = -BETA * torch.sigmoid(torch.tensor([1.0, -3.5], dtype=torch.float64))
-    assert (chosen - misprinted).abs().min() > 0.2, "A.4's misprint: the weight is sigma(r_l - r_w)"
+def test_eq21_eq22_and_a4_are_misprinted():
+    """The appendix exchanges r_w and r_l. Measured on the two pairs, which version is the slope?"""
+    slope = slopes(PAIRS, 0)  # -0.134 and -0.485
+    as_printed = -BETA * torch.tensor([1.0, -3.5], dtype=f64).sigmoid()  # -0.366 and -0.015
+    why = "section 4 has the weight right, sigma(r_l - r_w); the last line of A.4 has not"
+    expect(dpo.dpo_gradient(*PAIRS, beta=BETA)[0], slope, why, 1e-8)
+    assert ((slope - as_printed).abs() > 0.2).all(), "A.4's printed weight cannot be the slope"
+    swapped = PAIRS[[1, 0, 3, 2]]  # Eq. 21 as printed: log sigma(r_l - r_w)
+    why = "Eq. 21 as printed has the gradient of A.4's last line with the other sign"
+    expect(slopes(swapped, 1), -as_printed, why, 1e-8)
 
 
-def test_gradient_carries_nothing_through_weights_and_rewards():
-    logps = [part.clone().requires_grad_() for part in PAIRS[:2]]
-    result = dpo.dpo_loss(*logps, *PAIRS[2:], beta=BETA)
-    carrying = [name for name, value in result._asdict().items() if value.requires_grad]
-    assert carrying == ["losses"], f"only the losses carry a gradient, not {carrying}"
+def test_eq22_weight_is_the_log_slope_of_sigma():
+    """sigma'(u) / sigma(u) = sigma(-u) on a grid of u = r_w - r_l, sigma' by differences."""
+    u, zero = torch.linspace(-20, 20, 41, dtype=f64), torch.zeros(41, dtype=f64)
+    slope = ((u + 1e-5).sigmoid() - (u - 1e-5).sigmoid()) / 2e-5
+    weights = dpo.dpo_loss(u, zero, zero, zero, 1.0).weights
+    why = "section 4: the weight is near 1 where wrong, 1/2 at a tie, near 0 where right"
+    wrong = {"the sign inside is inverted": [0.0, 0.5, 1.0]}
+    expect(weights[[0, 20, 40]], [1.0, 0.5, 0.0], why, 1e-8, wrong)
+    expect(weights, slope / u.sigmoid(), "Eq. 22: the weight is sigma'(u) / sigma(u)", 1e-7)
 
 
-# Appendix A.3: rankings
-
-
-def test_eq18_sums_to_one_over_all_rankings():
-    rewards = torch.tensor([0.3, -1.2, 2.0, 0.7], dtype=torch.float64)
-    orders = torch.tensor(list(itertools.permutations(range(4))))
-    total = dpo.plackett_luce_logps(rewards[orders]).exp().sum()
-    expect(total, 1.0, "Eq. 18: the 24 rankings of 4 answers are all there is")
-    r = [math.exp(x) for x in (0.3, -1.2, 2.0)]
-    by_hand = math.log(r[0] / sum(r) * r[1] / (r[1] + r[2]))
-    expect(dpo.plackett_luce_logps(rewards[:3]), by_hand, "Eq. 18: best first, sum over j >= k")
-
-
-def test_eq20_of_two_answers_is_eq7():
-    policy, ref = torch.stack(PAIRS[:2], -1), torch.stack(PAIRS[2:], -1)
-    why = "Eq. 20 with K = 2 is Eq. 7; is the ranking read best first?"
-    expect(dpo.plackett_luce_loss(policy, ref, beta=BETA), LOSSES, why)
-
-
-# log pi(y|x) from a real GPT
-
-
-V, END = 5, 0  # the end token is id 0, which is what collate pads with: pad id == end id
-
-
-def tiny_gpt(seed):
+def gpt(seed):
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(vocab_size=V, n_positions=12, n_embd=16, n_layer=2, n_head=2)).double()
+    model = GPT(GPTConfig(vocab_size=5, n_positions=8, n_embd=8, n_layer=1, n_head=2)).double()
     for parameter in model.parameters():  # far from the small initialisation, biases included
         parameter.data += 0.3 * torch.randn_like(parameter)
     return model
 
 
-ROWS = [  # prompts and answers of different lengths; answers that are the end token alone
-    data.TokenPair([3, 1, 4], [2, 2, 4, END], [1, END]),
-    data.TokenPair([2], [END], [4, 3, END]),
-    data.TokenPair([1, 1, 2, 3, 4, 4], [3, END], [END]),
-    data.TokenPair([4, 2], [1, END], [1, 3, 2, 2, 1, END]),
-]
+def test_gradient_through_a_gpt():
+    """d Eq. 7 / d theta = sum of dpo_gradient times grad log pi, for every parameter of a GPT."""
+    policy, reference = gpt(0), gpt(1)
+    rows = [data.TokenPair([3, 1], [2, 4, 0], [1, 0]), data.TokenPair([2], [0], [4, 3, 3, 0])]
+    batch = data.collate(rows, [0, 1])
+    with torch.no_grad():
+        ref = dpo.response_logps(reference, batch)
+    logps = dpo.response_logps(policy, batch)
+    by_hand = dpo.dpo_gradient(*(x.detach() for x in logps), *ref, BETA)
+    wanted = torch.autograd.grad(logps, list(policy.parameters()), by_hand)
+    dpo.dpo_loss(*dpo.response_logps(policy, batch), *ref, BETA).losses.sum().backward()
+    why = "section 4: grad L = -beta sigma(r_l - r_w) (grad log pi(y_w) - grad log pi(y_l)), in "
+    for (name, parameter), gradient in zip(policy.named_parameters(), wanted):
+        expect(parameter.grad, gradient, why + name, 1e-10)
 
 
-def one_at_a_time(model, prompt, answer):
-    """The slow oracle: no batch, no mask, no padding, a token after the other."""
-    total = 0.0
-    for k, token in enumerate(answer):
-        logits = model(torch.tensor([prompt + answer[:k]]))[0, -1]
-        total = total + logits[token] - logits.logsumexp(-1)
-    return total
+# Section 5 and appendix A: classes of rewards, and the derivations
 
 
-def two_rows(model, rows, side):
-    """The plain way: a padded row for each answer, then dpo.sequence_logps."""
-    texts = [row.prompt + getattr(row, side) for row in rows]
-    ids = torch.tensor([text + [END] * (12 - len(text)) for text in texts])
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        mask[i, len(row.prompt) : len(texts[i])] = 1
-    return dpo.sequence_logps(model(ids), ids, mask)
+def test_definition1_one_class_is_one_likelihood():
+    same, other = REWARDS + F_OF_X, REWARDS + torch.arange(27)  # f(x), and something of y
+    true, same, other = (dpo.reward_model_loss(r[0, I], r[0, J]) for r in (REWARDS, same, other))
+    expect(same, true, "Definition 1: Eq. 2 must not tell r and r + f(x) apart")
+    assert (other - true).abs().max() > 0.1, "Definition 1: f may depend on x only"
 
 
-def test_sequence_logps_is_the_slow_sum():
-    model = tiny_gpt(0)
-    for side in ("chosen", "rejected"):
-        slow = torch.stack([one_at_a_time(model, row.prompt, getattr(row, side)) for row in ROWS])
-        why = f"log pi(y|x), {side}: logits at t predict token t + 1; sum the answer's tokens only"
-        expect(two_rows(model, ROWS, side), slow, why)
+@pytest.mark.parametrize("M", [3, 4])
+def test_lemma1_one_class_has_one_ranking_distribution(M):
+    rankings = torch.tensor(list(itertools.permutations(range(M))))
+    p, shifted = (dpo.plackett_luce_logps((REWARDS + f)[0, rankings]).exp() for f in (0, F_OF_X))
+    expect(shifted, p, "Lemma 1: f(x) cancels in every factor of Plackett-Luce")
 
 
-def test_sequence_logps_ignores_what_is_masked():
-    logits = torch.zeros(1, 3, V)
-    logits[0, 0, 1] = -torch.inf  # the prompt's second token is impossible, and nobody asks
-    logps = dpo.sequence_logps(logits, torch.tensor([[2, 1, 4]]), torch.tensor([[0, 0, 1]]))
-    expect(logps, [-math.log(V)], "a masked -inf must not turn into NaN: use where, not *", 1e-6)
+def test_lemma2_one_class_has_one_optimal_policy():
+    shifted, _ = dpo.optimal_policy(REF, REWARDS + F_OF_X, BETA)
+    expect(shifted, BEST, "Lemma 2: r + f(x) has the optimal policy of r; Z(x) takes f(x) up")
 
 
-def test_bfloat16_logits_are_summed_in_float32():
-    torch.manual_seed(0)
-    logits, ids = 5 * torch.randn(2, 400, 50).bfloat16(), torch.randint(50, (2, 400))
-    mask = torch.ones_like(ids)
-    got, exact = (dpo.sequence_logps(x, ids, mask) for x in (logits, logits.double()))
-    assert got.dtype == torch.float32, "log-softmax and sums belong in float32 at least"
-    expect(got / exact, [1.0, 1.0], "a log-softmax in bfloat16 is off by whole nats", 1e-5)
+def projected(rewards):
+    """f(r; pi_ref, beta) of Eq. 8 by way of the policy: beta log pi_r / pi_ref."""
+    return dpo.implicit_reward(dpo.optimal_policy(REF, rewards, BETA)[0], REF, BETA)
 
 
-def test_pair_rows_equal_two_rows():
-    """One row [prompt | chosen | rejected] gives what two rows give: values and gradients."""
-    model = tiny_gpt(0)
-    sides = ("chosen", "rejected")
-    results = []
-    for logps in (
-        dpo.response_logps(model, data.collate(ROWS, [2, 0, 3, 1])),
-        [two_rows(model, [ROWS[i] for i in (2, 0, 3, 1)], side) for side in sides],
-    ):
-        model.zero_grad()
-        factors = torch.tensor([[1.0, -2.0, 0.5, 3.0], [-1.5, 0.3, 2.0, -0.7]])
-        (factors * torch.stack(list(logps))).sum().backward()
-        results.append((*logps, *(parameter.grad.clone() for parameter in model.parameters())))
-    why = "the pair row: each answer sees the prompt and itself, positions restart, nothing else"
-    for one_row, plain in zip(*results):
-        expect(one_row, plain, why, 1e-9)
+def test_theorem1_and_eq8_each_class_has_a_member_that_is_a_policy():
+    f_r = projected(REWARDS)
+    why = "Theorem 1: beta log pi_r / pi_ref is f(r) of Eq. 8: r minus a function of x alone"
+    expect(f_r, REWARDS - BETA * Z.log()[:, None], why)
+    expect(projected(f_r), f_r, "Eq. 8: projecting twice is projecting once")
+    why = "Eq. 8 and the chain of A.6: all of a class have one projection"
+    expect(projected(REWARDS + F_OF_X), f_r, why)
 
 
-def test_pair_rows_in_float32():
-    model = tiny_gpt(0).float()
-    results = dpo.response_logps(model, data.collate(ROWS, range(4)))
-    for got, side in zip(results, ("chosen", "rejected")):
-        expect(got / two_rows(model, ROWS, side), [1.0] * 4, "the pair row in float32", 1e-6)
+def test_eq9_a_policy_in_disguise_has_normaliser_1():
+    why = "Eq. 9: sum of pi_ref exp(r / beta) is 1 for r = beta log pi / pi_ref"
+    for r in (projected(REWARDS), dpo.implicit_reward(POLICIES[0], REF, BETA)):
+        expect(dpo.optimal_policy(REF, r, BETA)[1], [0.0, 0.0], why)
+    assert dpo.optimal_policy(REF, REWARDS, BETA)[1].abs().min() > 0.1, "Eq. 9: not for any reward"
 
 
-def test_padding_changes_nothing():
-    model = tiny_gpt(0)
-    together = torch.stack(dpo.response_logps(model, data.collate(ROWS, range(4))))
-    alone = [torch.stack(dpo.response_logps(model, data.collate(ROWS, [i]))) for i in range(4)]
-    expect(together, torch.cat(alone, 1), "a row alone and beside longer rows is the same row")
+def test_proposition1_the_member_is_unique():
+    h = dpo.implicit_reward(POLICIES[0], REF, BETA)
+    why = "Proposition 1: + f(x) moves log Z(x) by f(x) / beta, and Eq. 9 holds only for f = 0"
+    expect(dpo.optimal_policy(REF, h + F_OF_X, BETA)[1], F_OF_X[:, 0] / BETA, why)
 
 
-def test_all_answers_sum_to_one():
-    """Every answer there is, through pair rows, chosen and rejected side: probability 1 each."""
-    model = tiny_gpt(0)
-    words = [token for token in range(V) if token != END]
-    answers = [[*y, END] for n in range(3) for y in itertools.product(words, repeat=n)]
-    answers += [list(y) for y in itertools.product(words, repeat=3)]  # the world's K: over, no end
-    for prompt in ([3], [1, 2, 4]):
-        rows = [data.TokenPair(prompt, y, z) for y, z in zip(answers, reversed(answers))]
-        for logps in dpo.response_logps(model, data.collate(rows, range(len(rows)))):
-            why = "pi(y|x) over all y must sum to 1: end token scored? prompt left out? summed?"
-            expect(logps.exp().sum(), 1.0, why)
+def test_proposition1_breaks_for_an_answer_in_no_pair():
+    pi, ref = POLICIES[0, 0].exp(), REF[0]
+    moved = torch.cat([pi[:26] * (1 - pi[26] / 2) / (1 - pi[26]), pi[26:] / 2]).log()  # half of 26
+    w, l = I[J < 26], J[J < 26]
+    losses = [dpo.dpo_loss(x[w], x[l], ref[w], ref[l], BETA).losses for x in (pi.log(), moved)]
+    expect(losses[1], losses[0], "Eq. 7 says nothing about an answer that no pair mentions")
 
 
-# Training
+def test_eq10_normaliser_and_variance():
+    """With f(r) the policy gradient at pi_r has variance 0. A trap: elsewhere it may have more."""
+    f_r = projected(REWARDS)
+    with_f, J = (dpo.rlhf_objective(POLICIES, REF, r, BETA) for r in (f_r, REWARDS))
+    expect(with_f, J - BETA * Z.log(), "Eq. 10: with the normaliser it is J - beta log Z")
+    kl = (POLICIES.exp() * (POLICIES - BEST)).sum(-1)
+    expect(with_f, -BETA * kl, "Eq. 10: it is -beta KL(pi || pi_r), at most 0")
+
+    def variance(pi, reward):
+        """Of (reward - beta log pi / pi_ref) grad log pi(y), y from pi, in the table's logits."""
+        score = torch.eye(27) - pi.exp()[..., None, :]  # (..., Y, 27): d log pi(y) / d logits
+        h = dpo.implicit_reward(pi, REF.expand_as(pi), BETA)
+        estimate = (reward - h)[..., None] * score
+        mean = (pi.exp()[..., None] * estimate).sum(-2)
+        return (pi.exp() * (estimate**2).sum(-1)).sum(-1) - (mean**2).sum(-1)
+
+    expect(variance(BEST, f_r), [0.0, 0.0], "Eq. 10: at pi_r, with the normaliser, no variance")
+    assert (variance(BEST, REWARDS) > 0.1).all(), "Eq. 10: without it there is variance at pi_r"
+    near = (BEST + 0.1 * POLICIES).log_softmax(-1)
+    why = "Eq. 10 is no general inequality: less variance near pi_r, more at these random policies"
+    assert (variance(near, f_r) < variance(near, REWARDS)).all(), why
+    assert (variance(POLICIES, f_r) > variance(POLICIES, REWARDS)).all(), why
 
 
-def dpo_losses(ref):
-    return lambda chosen, rejected, ids: dpo.dpo_loss(chosen, rejected, *ref[:, ids], BETA).losses
+def test_eq11_to_eq15_are_one_objective():
+    pi = POLICIES.exp()
+    eq11 = dpo.rlhf_objective(POLICIES, REF, REWARDS, BETA)
+    eq12 = (pi * (POLICIES - (REF + REWARDS / BETA - Z.log()[:, None]))).sum(-1) - Z.log()
+    eq13 = (pi * (POLICIES - dpo.optimal_policy(REF, REWARDS, BETA)[0])).sum(-1) - Z.log()
+    eq14 = dpo.kl_divergence(POLICIES, BEST) - Z.log()
+    expect(eq11, -BETA * eq12, "Eq. 11 is -beta times Eq. 12: a maximum turned into a minimum")
+    expect(eq13, eq12, "Eq. 13: 1/Z pi_ref exp(r / beta) is pi* of Eq. 4")
+    expect(eq14, eq13, "Eq. 14: KL(pi || pi*) - log Z(x), with minus (v1 had plus)")
+    assert (dpo.kl_divergence(POLICIES, BEST) > 0).all(), "Eq. 15: a KL is over 0 if they differ"
+    expect(dpo.kl_divergence(BEST, BEST), [0.0, 0.0], "Eq. 15: and 0 only at pi = pi* of Eq. 4")
 
 
-def test_gradient_of_the_whole_pipeline():
-    """collate, response_logps, Eq. 7 and its backward against the oracle's, policy != reference."""
-    model, reference = tiny_gpt(0), tiny_gpt(1)
-    oracle = [
-        torch.stack([one_at_a_time(m, row.prompt, getattr(row, side)) for row in ROWS])
-        for m in (model, reference)
-        for side in ("chosen", "rejected")
-    ]
-    r_w, r_l = BETA * (oracle[0] - oracle[2]), BETA * (oracle[1] - oracle[3])
-    (1 + (r_l - r_w).exp()).log().mean().backward()
-    wanted = [parameter.grad.clone() for parameter in model.parameters()]
-    model.zero_grad()
-    ref = train.all_logps(reference, ROWS, train.TOY)
-    train.backward(model, ROWS, torch.arange(4), dpo_losses(ref), train.TOY)
-    for parameter, gradient in zip(model.parameters(), wanted):
-        expect(parameter.grad, gradient, "the training step's gradient is not Eq. 7's", 1e-9)
+def test_eq16_eq17_lead_to_eq6():
+    """A.2: put the reward of Eq. 17 into Eq. 16; beta log Z(x) leaves, 1 / (1 + exp(...)) stays."""
+    eq17 = dpo.implicit_reward(BEST, REF, BETA) + BETA * Z.log()[:, None]
+    eq16 = dpo.bradley_terry(eq17[:, I], eq17[:, J])
+    eq6 = 1 / (1 + (BETA * (BEST - REF)[:, J] - BETA * (BEST - REF)[:, I]).exp())
+    expect(eq16, eq6, "A.2: Eq. 16 (Eq. 1) at the reward of Eq. 17 (Eq. 5) is Eq. 6")
 
 
-@pytest.mark.parametrize("micro", [1, 2, 3])
-def test_accumulated_gradient_is_the_batch_gradient(micro):
-    """Of 7 pairs in parts of 1, of 2 (the last short) and of 3 (the last a single pair)."""
-    model, reference = tiny_gpt(0), tiny_gpt(1)
-    rows = ROWS + ROWS[:3]
-    ref = train.all_logps(reference, rows, train.TOY)
-    results = []
-    for size in (0, micro):
-        model.zero_grad()
-        config = dataclasses.replace(train.TOY, micro_batch_size=size)
-        record = train.backward(model, rows, torch.randperm(7), dpo_losses(ref), config)
-        losses = record["loss"].sum()
-        results.append((losses, *(parameter.grad.clone() for parameter in model.parameters())))
-    why = f"parts of {micro}: divide by the pairs of the batch, not of the part or by the parts"
-    for whole, parts in zip(*results):
-        expect(parts, whole, why, 1e-10)
+# Appendix A.3: rankings. Section 6: drift
 
 
-def test_reference_is_untouched_and_unshared():
-    reference = tiny_gpt(1)
-    before = copy.deepcopy(reference.state_dict())
-    policy = copy.deepcopy(reference)
-    ref = train.all_logps(reference, ROWS, train.TOY)
-    assert not ref.requires_grad, "the reference's log-probs are numbers, with no gradient"
-    config = dataclasses.replace(train.TOY, batch_size=4, warmup_steps=1, beta=BETA)
-    losses = [
-        record["loss"].mean().item()
-        for *_, record, _ in train.updates(policy, ROWS, dpo_losses(ref), config, 5, 1e-2)
-    ]
-    expect(losses[0], math.log(2), "the first loss: policy and reference are still the same")
-    assert losses[-1] < losses[0], f"Eq. 7 must fall under training, but went {losses}"
-    assert all(parameter.grad is None for parameter in reference.parameters())
-    for name, tensor in reference.state_dict().items():
-        assert torch.equal(tensor, before[name]), f"{name} of the reference has moved"
-    moved = [not torch.equal(t, before[name]) for name, t in policy.state_dict().items()]
-    assert all(moved), "every weight of the policy must move"
+def test_eq18_plackett_luce():
+    rewards = torch.tensor([0.3, -1.2, 2.0, 0.7], dtype=f64)
+    p = dpo.plackett_luce_logps(rewards[RANKINGS]).exp()
+    a, b, c, d = rewards.exp().tolist()
+    by_hand = a / (a + b + c + d) * b / (b + c + d) * c / (c + d)
+    wrong = {"it is read worst first": d / (a + b + c + d) * c / (a + b + c) * b / (a + b)}
+    why = "Eq. 18: best first, and the k-th factor's sum runs over j >= k"
+    expect(p[0], by_hand, why, mistakes=wrong)
+    expect(p.sum(), 1.0, "Eq. 18: the 24 rankings of 4 answers are all there is")
+    expect(dpo.plackett_luce_logps(rewards[:2]).exp(), a / (a + b), "Eq. 18 with K = 2 is Eq. 1")
+    ahead = (RANKINGS == 0).int().argmax(-1) < (RANKINGS == 2).int().argmax(-1)
+    expect(p[ahead].sum(), a / (a + c), "Eq. 18: 0 comes before 2 as often as Eq. 1 says")
 
 
-def test_logged_weight_is_the_weight():
-    """The weight that train.py logs comes from autograd, for DPO it is sigma(r_l - r_w)."""
-    model, ref = tiny_gpt(0), train.all_logps(tiny_gpt(1), ROWS, train.TOY)
-    record = train.backward(model, ROWS, torch.arange(4), dpo_losses(ref), train.TOY)
-    described = dpo.describe(record["chosen_logp"], record["rejected_logp"], *ref, BETA)
-    why = "the logged weight: -(1/beta) d loss / d log pi(y_w)"
-    expect(-record["chosen_grad"] / BETA, described["weight"], why)
+def test_eq19_rankings_from_the_optimal_policy():
+    loss = dpo.plackett_luce_loss(BEST[0, RANKINGS], REF[0, RANKINGS], BETA)
+    why = "Eq. 19: Eq. 18 at beta log pi* / pi_ref is Eq. 18 at r*, for Z(x) cancels"
+    expect(loss, -dpo.plackett_luce_logps(REWARDS[0, RANKINGS]), why)
 
 
-def test_accuracy_counts_ties_half():
-    expect(dpo.accuracy(torch.tensor([2.0, 0.0, -1.0])), [1.0, 0.5, 0.0], "ties count half")
+def test_eq20_of_two_answers_is_eq7():
+    losses = dpo.plackett_luce_loss(PAIRS[:2].T, PAIRS[2:].T, BETA)
+    why = "Eq. 20 with K = 2 is Eq. 7; is the ranking read best first?"
+    expect(losses, LOSSES, why, mistakes=MISTAKES)
 
 
-# The toy world
+def test_eq20_minimum_is_the_optimum_of_eq4():
+    """Over all rankings of 4 answers, each with its exact probability by Eq. 18."""
+    r = REWARDS[0, RANKINGS].exp()
+    p = torch.stack([r[:, k] / r[:, k:].sum(-1) for k in range(4)]).prod(0)
+    ref, best = REF[0, :4].log_softmax(-1), BEST[0, :4].log_softmax(-1)
+
+    def loss_of(pi):
+        return (p * dpo.plackett_luce_loss(pi[RANKINGS], ref[RANKINGS], BETA)).sum()
+
+    why = "Eq. 20: with endless rankings its minimum is pi* of Eq. 4"
+    expect(descend(loss_of, POLICIES[0, 0, :4]), best, why, 1e-8)
 
 
-def test_toy_world_enumeration_is_exact():
-    """The listed log-probs are those of pair rows, and they sum to 1."""
-    world = data.ToyWorld("small")
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(world.W + 1, 8, 16, 1, 2)).double()
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    logps = world.logps(model)
-    assert logps.shape == (2, 1111), "1 + 10 + 100 + 1000 answers of up to 3 words to 2 prompts"
-    expect(logps.exp().sum(-1), [1.0, 1.0], "the listed answers are all there is")
-    pairs = [data.Pair(x, y, y) for x in world.prompts for y in world.answers]
-    rows = data.encode_pairs(pairs, world.tokenizer, 8, world.K)
-    chosen, rejected = dpo.response_logps(model, data.collate(rows, range(len(rows))))
-    expect(chosen, logps.flatten(), "enumeration and pair rows disagree", 1e-9)
-    expect(rejected, logps.flatten(), "enumeration and pair rows disagree", 1e-9)
-
-
-def test_toy_labels_follow_bradley_terry():
-    world = data.ToyWorld()
-    logps = torch.full((3, 2955), -math.log(2955), dtype=torch.float64)
-    drawn = world.draw_pairs(logps, 200_000, "hard", torch.Generator().manual_seed(0))
-    better = world.rewards[drawn.prompt, drawn.chosen] - world.rewards[drawn.prompt, drawn.rejected]
-    for gap in (0.5, 1.0, 2.0):
-        near = (better.abs() - gap).abs() < 0.01
-        frequency = (better[near] > 0).double().mean()
-        noise = 2 / math.sqrt(int(near.sum()))  # 4 standard errors of a coin
-        why = f"Eq. 1: of two answers {gap} apart the better one wins with sigma({gap})"
-        expect(frequency, 1 / (1 + math.exp(-gap)), why, noise + 0.002)
+def test_footnote3_sequence_kl_is_the_sum_of_token_kls():
+    pi, ref, total = POLICIES[0, 0].exp().view(3, 3, 3), REF[0].exp().view(3, 3, 3), 0.0
+    for k in range(3):  # all prefixes of k tokens: pi(prefix) KL(next token)
+        p, q = (joint.flatten(k + 1).sum(-1) if k < 2 else joint for joint in (pi, ref))
+        tokens = ((joint / joint.sum(-1, keepdim=True)).log() for joint in (p, q))
+        total += (p.sum(-1) * dpo.kl_divergence(*tokens)).sum()
+    got = dpo.kl_divergence(POLICIES[0, 0], REF[0])
+    expect(got, total, "footnote 3: KL(pi || pi_ref) of sequences is the sum over their prefixes")

@@ -7,6 +7,8 @@ Departs from the paper: AdamW and a linear decay, unless --optimizer rmsprop --n
 """
 
 import argparse
+import importlib
+import inspect
 import json
 import math
 import sys
@@ -42,8 +44,11 @@ class Config:
     n_layer: int = knob(1, "layers")
     n_head: int = knob(4, "attention heads")
     n_embd: int = knob(32, "width")
-    loss: str = knob("dpo", "what to minimise", *dpo.LOSSES)
+    loss: str = knob("dpo", f"{', '.join(dpo.LOSSES)}, or file.py:function of the same four sums")
     beta: float = knob(1.0, "strength of the leash to the reference")
+    epsilon: float = knob(None, "share of wrong labels that cdpo and robust allow for")
+    alpha: float = knob(None, "weight of a loss's second term")
+    gamma: float = knob(None, "margin that simpo_loss asks for")
     sft_epochs: float = knob(20.0, "passes over the SFT corpus or the chosen answers; 0 for none")
     sft_lr: float = knob(1e-2, "learning rate of SFT")
     epochs: float = knob(18.0, "passes over the pairs")
@@ -63,10 +68,11 @@ class Config:
 
 
 TOY = Config()
-REAL = replace(TOY, block_size=1024, n_layer=4, n_embd=128, sft_epochs=6.0, sft_lr=2e-3, beta=0.1,
+REAL = replace(TOY, block_size=1024, n_layer=4, n_embd=128, sft_epochs=6.0, sft_lr=2e-3, beta=None,
                epochs=4.0, lr=5e-4, warmup_steps=10, batch_size=32, micro_batch_size=8,
                log_every=1, eval_every=20)  # fmt: skip
-MAY_BE_0 = "sft_epochs", "warmup_steps", "micro_batch_size", "seed"
+SETTINGS = "beta", "epsilon", "alpha", "gamma"  # of a loss; None is its own default
+MAY_BE_0 = "sft_epochs", "warmup_steps", "micro_batch_size", "seed", *SETTINGS[1:]
 
 
 def main(argv=None):
@@ -86,7 +92,7 @@ def run(config):
     model = build_model(config, task.tokenizer)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    print(*(f"{key}={value}" for key, value in asdict(config).items()))
+    print(*(f"{key}={value}" for key, value in asdict(config).items() if value is not None))
 
     train_sft(model, task.sft_rows, config)
     model.save_pretrained(out / "reference")
@@ -94,13 +100,13 @@ def run(config):
     ref_logps = all_logps(model, task.rows, config)  # once; then only the policy is in memory
     results = {"reference": task.evaluate(model)}
     before = samples(model, task, config.seed)
-    history = train_dpo(model, task, ref_logps, results, config)
+    history = train_dpo(model, task, ref_logps, config)
     model.save_pretrained(out / "policy")
-    results["dpo"] = task.evaluate(model)
+    policy = results[config.loss.split(":")[-1]] = task.evaluate(model)
     results |= {} if config.data else {"optimum": task.exact(task.best)}
 
     summary = {"config": asdict(config), "seconds": round(time.time() - start, 1)}
-    summary |= {"gap_closed": gap_closed(results["dpo"], results, config), "rows": results}
+    summary |= {"gap_closed": policy.get("gap_closed"), "rows": results}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot(history, results, out / "curves.png")
     report(summary, before, samples(model, task, config.seed))
@@ -130,6 +136,7 @@ class ToyTask:
         n = math.ceil(config.held_out * config.pairs)
         self.held_out = world.draw_pairs(self.ref, n, config.labels, self.generator)
         self.best, _ = dpo.optimal_policy(self.ref, world.rewards, config.beta)
+        self.gap = dpo.kl_divergence(self.ref, self.best).mean().item()
 
     def evaluate(self, model):
         return self.exact(self.world.logps(model))
@@ -139,14 +146,16 @@ class ToyTask:
         prompt, chosen, rejected, p = self.held_out
         rewards = dpo.implicit_reward(logps, self.ref, self.config.beta)
         won = dpo.accuracy(rewards[prompt, chosen] - rewards[prompt, rejected])
-        row = {
+        row = means({
             "expected_reward": (logps.exp() * self.world.rewards).sum(-1),
             "kl_to_reference": dpo.kl_divergence(logps, self.ref),
             "objective": dpo.rlhf_objective(logps, self.ref, self.world.rewards, self.config.beta),
             "kl_to_optimum": dpo.kl_divergence(logps, self.best),
             "pair_accuracy": p * won + (1 - p) * (1 - won),
-        }
-        return means(row)
+        })  # fmt: skip
+        if self.config.labels != "deterministic":  # there Eq. 7 has no finite optimum
+            row["gap_closed"] = 1 - row["kl_to_optimum"] / self.gap
+        return row
 
 
 class RealTask:
@@ -175,7 +184,7 @@ class RealTask:
 
     def evaluate(self, model):
         logps = all_logps(model, self.held_out, self.config)
-        metrics = means(dpo.describe(*logps, *self.ref, self.config.beta))
+        metrics = means(dpo.describe(*logps, *self.ref, beta=self.config.beta))
         wanted = "loss", "accuracy", "margin", "chosen_logp", "rejected_logp"
         return {f"held_out_{key}": metrics[key] for key in wanted}
 
@@ -189,22 +198,25 @@ def train_sft(model, rows, config):
             progress(f"SFT {step}/{steps}  loss {loss:.3f} nats an answer", step == steps)
 
 
-def train_dpo(model, task, ref_logps, results, config):
-    """Minimise Eq. 7, or another of dpo.LOSSES; returns the lines of metrics.jsonl."""
-    loss_fn = dpo.LOSSES[config.loss]
+def train_dpo(model, task, ref_logps, config):
+    """Minimise Eq. 7, or another loss of the four sums; returns the lines of metrics.jsonl."""
+    loss = load_loss(config.loss)
+    lengths = torch.tensor([[len(row.chosen), len(row.rejected)] for row in task.rows])
+    lengths = lengths.T.to(model.device)  # (2, n)
 
     def losses_of(chosen, rejected, pair_ids):
-        ref_chosen, ref_rejected = ref_logps[:, pair_ids]
-        losses = loss_fn(chosen, rejected, ref_chosen, ref_rejected, beta=config.beta).losses
+        args = torch.stack([chosen, rejected]), ref_logps[:, pair_ids], lengths[:, pair_ids]
+        losses = call_loss(loss, config, *args)
         if config.labels != "soft":
             return losses
-        swapped = loss_fn(rejected, chosen, ref_rejected, ref_chosen, beta=config.beta).losses
+        swapped = call_loss(loss, config, *(arg.flip(0) for arg in args))
         p = task.p.to(model.device)[pair_ids]  # of endless annotators, the share that says chosen
         return p * losses + (1 - p) * swapped
 
-    print("DPO starts where the policy is the reference, so its first loss is log 2 = 0.6931")
+    if config.loss == "dpo":
+        print("DPO starts where the policy is the reference, so its first loss is log 2 = 0.6931")
     training = updates(model, task.rows, losses_of, config, config.epochs, config.lr)
-    history, start, seen = [], time.time(), 0
+    history, start, seen = [{"step": 0} | task.evaluate(model)], time.time(), 0
     with open(Path(config.out) / "metrics.jsonl", "w") as file:
         for step, steps, record, pair_ids in training:
             seen += len(pair_ids)
@@ -212,21 +224,39 @@ def train_dpo(model, task, ref_logps, results, config):
             if not (evaluate or step == 1 or step % config.log_every == 0):
                 continue
             logps = record["chosen_logp"], record["rejected_logp"]
-            metrics = dpo.describe(*logps, *ref_logps[:, pair_ids], config.beta)
+            metrics = dpo.describe(*logps, *ref_logps[:, pair_ids], beta=config.beta)
             metrics |= {"loss": record["loss"], "weight": -record["chosen_grad"] / config.beta}
             metrics = {"step": step} | means(metrics | {"grad_norm": record["grad_norm"]})
             metrics |= {"lr": record["lr"], "pairs_per_second": seen / (time.time() - start)}
             if evaluate:
                 metrics |= task.evaluate(model)
-                metrics["gap_closed"] = gap_closed(metrics, results, config)
             history.append(metrics)
             print(json.dumps(metrics), file=file, flush=True)
             shown = "loss", "margin", "weight", "gap_closed", "held_out_accuracy"
-            line = [f"{key} {metrics[key]:.4f}" for key in shown if metrics.get(key) is not None]
+            line = [f"{key} {metrics[key]:.4f}" for key in shown if key in metrics]
             left = (steps - step) * (time.time() - start) / step
             line += [f"{metrics['pairs_per_second']:.0f} pairs/s", f"{left:.0f} s left"]
             progress("  ".join([f"DPO {step}/{steps}", *line]), step == 1 or evaluate)
     return history
+
+
+def load_loss(name):
+    """A name in dpo.LOSSES, or file.py:function for any function of the same four sums."""
+    path, _, name = name.rpartition(":")
+    if not path:
+        return dpo.LOSSES[name]
+    sys.path.insert(0, str(Path(path).parent))
+    return getattr(importlib.import_module(Path(path).stem), name)
+
+
+def call_loss(loss, config, policy_logps, ref_logps, lengths):
+    """The losses (B,) of pairs, from three (2, B): chosen and rejected. A loss is passed the four
+    sums and, if its signature names them, SETTINGS and both lengths, in tokens."""
+    known = {key: getattr(config, key) for key in SETTINGS if getattr(config, key) is not None}
+    known |= {"chosen_lengths": lengths[0], "rejected_lengths": lengths[1]}
+    named = known.keys() & inspect.signature(loss).parameters.keys()
+    result = loss(*policy_logps, *ref_logps, **{key: known[key] for key in named})
+    return getattr(result, "losses", result)  # a tensor, or a NamedTuple such as DPOLoss
 
 
 def updates(model, rows, losses_of, config, epochs, peak_lr):
@@ -288,13 +318,6 @@ def means(columns):
     return {name: column.mean().item() for name, column in columns.items()}
 
 
-def gap_closed(row, results, config):
-    """1 - KL(pi || pi*) / KL(pi_ref || pi*): 0 at the reference, 1 at the optimum of Eq. 4."""
-    if config.data or config.labels == "deterministic":
-        return None  # nothing to compare with: unknown, or Eq. 7 has no finite optimum
-    return 1 - row["kl_to_optimum"] / results["reference"]["kl_to_optimum"]
-
-
 def progress(line, keep):
     """One line that changes in place on a terminal; piped, only the lines worth keeping."""
     if sys.stdout.isatty():
@@ -336,7 +359,7 @@ def plot(history, results, path):
     panels = [(ylabel, keys) for ylabel, keys in panels.items() if keys[0] in history[-1]]
     fig = Figure(figsize=(11, 7), layout="constrained")
     for ax, (ylabel, keys) in zip(fig.subplots(2, 2).flat, panels):
-        lines = [line for line in [{"step": 0} | results["reference"], *history] if keys[0] in line]
+        lines = [line for line in history if keys[0] in line]
         for key, style in zip(keys, ("-", "--", ":")):
             steps, values = [line["step"] for line in lines], [line[key] for line in lines]
             ax.plot(steps, values, style, label=key.replace("_", " "))
@@ -366,9 +389,10 @@ def parse_args(argv):
     for name in dead & set(given):
         refuse(f"{flags[name]} has no effect {'here' if config.data else 'without --data'}")
     for setting in fields(Config):
-        value, may_be_0 = getattr(config, setting.name), setting.name in MAY_BE_0
+        value, may_be_0 = given.get(setting.name, 1), setting.name in MAY_BE_0
         if setting.type in (int, float) and not (0 < value < math.inf or (value == 0 and may_be_0)):
             refuse(f"{flags[setting.name]} must be {'0 or over' if may_be_0 else 'over 0'}")
+    config = resolve_loss(config, given)
     if config.n_embd % config.n_head:
         refuse(f"--n-embd {config.n_embd} does not divide into --n-head {config.n_head}")
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
@@ -378,6 +402,26 @@ def parse_args(argv):
     auto = "toy" if not config.data else "gpt2" if config.init else "bytes"
     tokenizer = auto if config.tokenizer == "auto" else config.tokenizer
     return replace(config, device=device, tokenizer=tokenizer)
+
+
+def resolve_loss(config, given):
+    """Fill in the loss's own defaults; try it on two pairs, so that it fails now, not after SFT."""
+    logps, lengths = torch.full((2, 2), -1.0, requires_grad=True), torch.ones(2, 2)
+    try:
+        loss = load_loss(config.loss)
+        losses = call_loss(loss, config, logps, logps.detach(), lengths)
+        if losses.shape != (2,) or not losses.requires_grad:
+            raise ValueError(f"must return (B,) losses that carry a gradient, not {losses}")
+    except Exception as error:  # whatever a student's file does
+        there = f"there are {', '.join(dpo.LOSSES)} and file.py:function"
+        refuse(f"--loss {config.loss}: {error!r}; {there}".replace("\n", " "))
+    named = inspect.signature(loss).parameters
+    for name in SETTINGS:
+        if name in given and name not in named:
+            refuse(f"--{name} has no effect on --loss {config.loss}")
+        if name in named and getattr(config, name) is None:
+            config = replace(config, **{name: named[name].default})
+    return config if config.beta else replace(config, beta=0.1)  # of the rewards that are logged
 
 
 def refuse(message):

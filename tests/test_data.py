@@ -1,11 +1,13 @@
 """Reading pairs, encoding them, the pair row, the order of batches, and the toy world."""
 
 import json
+import math
 import warnings
 
 import pytest
 import torch
 
+import dpo
 from data import (
     InputError,
     Pair,
@@ -17,6 +19,8 @@ from data import (
     get_tokenizer,
     load_pairs,
 )
+from model import GPT, GPTConfig
+from test_dpo import expect
 
 GOOD = {"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"}
 
@@ -250,3 +254,33 @@ def test_pairs_come_from_the_policy_and_the_seed():
     x, y, z = (part[i] for part in draws[0][:3])
     wanted = Pair(world.prompts[x], world.answers[y], world.answers[z])
     assert world.texts(draws[0])[i] == wanted
+
+
+def test_toy_world_enumeration_is_exact():
+    """The listed log-probs are those of pair rows, and they sum to 1."""
+    world = ToyWorld("small")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(world.W + 1, 8, 16, 1, 2)).double()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    logps = world.logps(model)
+    assert logps.shape == (2, 1111), "1 + 10 + 100 + 1000 answers of up to 3 words to 2 prompts"
+    expect(logps.exp().sum(-1), [1.0, 1.0], "the listed answers are all there is")
+    pairs = [Pair(x, y, y) for x in world.prompts for y in world.answers]
+    rows = encode_pairs(pairs, world.tokenizer, 8, world.K)
+    chosen, rejected = dpo.response_logps(model, collate(rows, range(len(rows))))
+    expect(chosen, logps.flatten(), "enumeration and pair rows disagree", 1e-9)
+    expect(rejected, logps.flatten(), "enumeration and pair rows disagree", 1e-9)
+
+
+def test_toy_labels_follow_bradley_terry():
+    world = ToyWorld()
+    logps = torch.full((3, 2955), -math.log(2955), dtype=torch.float64)
+    drawn = world.draw_pairs(logps, 200_000, "hard", torch.Generator().manual_seed(0))
+    better = world.rewards[drawn.prompt, drawn.chosen] - world.rewards[drawn.prompt, drawn.rejected]
+    for gap in (0.5, 1.0, 2.0):
+        near = (better.abs() - gap).abs() < 0.01
+        frequency = (better[near] > 0).double().mean()
+        noise = 2 / math.sqrt(int(near.sum()))  # 4 standard errors of a coin
+        why = f"Eq. 1: of two answers {gap} apart the better one wins with sigma({gap})"
+        expect(frequency, 1 / (1 + math.exp(-gap)), why, noise + 0.002)

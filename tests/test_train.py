@@ -1,5 +1,6 @@
 """The command line end to end, what it writes, and what it says to bad input."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -12,10 +13,13 @@ import pytest
 import torch
 
 import data
+import dpo
 import train
+from test_dpo import BETA, expect
+from test_logps import ROWS, one_at_a_time, tiny_gpt
 
 QUICK = "--world small --pairs 4000 --epochs 8 --sft-epochs 2 --beta 0.5".split()
-ROW = ["expected_reward", "kl_to_reference", "objective", "kl_to_optimum", "pair_accuracy"]
+ROW = "expected_reward kl_to_reference objective kl_to_optimum pair_accuracy gap_closed".split()
 
 
 def command(root, *flags, **kwargs):
@@ -59,6 +63,7 @@ def test_toy_summary_obeys_the_theory(toy):
     assert abs(rows["optimum"]["kl_to_optimum"]) < 1e-12
     closed = 1 - rows["dpo"]["kl_to_optimum"] / rows["reference"]["kl_to_optimum"]
     assert abs(summary["gap_closed"] - closed) < 1e-12 and closed > 0.3
+    assert [rows[name]["gap_closed"] for name in rows] == [0, summary["gap_closed"], 1]
 
 
 def test_toy_metrics(toy):
@@ -176,6 +181,13 @@ def test_reference_logps_belong_to_their_pair():
         torch.testing.assert_close(ref[:, pair_ids], fresh.detach(), rtol=1e-5, atol=1e-5)
 
 
+MINE = """
+def f(a, b, c, d): return (b - a).mean()
+def detached(a, b, c, d): return (b - a).detach()
+def needs_delta(a, b, c, d, delta): return b - a
+def raises(a, b, c, d): raise RuntimeError("oh\\ndear")
+def no_beta(a, b, c, d): return b - a
+"""
 BAD = [
     (["--data", "missing.jsonl"], "missing.jsonl"),
     (["--data", "."], "."),
@@ -188,7 +200,20 @@ BAD = [
     (["--data", "good.jsonl", "--init", "nowhere", "--tokenizer", "bytes"], "nowhere"),
     (["--data", "good.jsonl", "--pairs", "10"], "--pairs"),
     (["--data", "good.jsonl", "--block-size", "2"], "no pair fits"),
-    (["--loss", "nonsense"], "nonsense"),
+    (["--loss", "nonsense"], "there are dpo, cdpo, robust, ipo, hinge and file.py:function"),
+    (["--loss", "nowhere.py:f"], "nowhere"),
+    (["--loss", "mine.py:g"], "no attribute 'g'"),
+    (["--loss", "mine.py:f"], "must return (B,) losses that carry a gradient"),
+    (["--loss", "mine.py:detached"], "must return (B,) losses that carry a gradient"),
+    (["--loss", "mine.py:needs_delta"], "delta"),
+    (["--loss", "mine.py:raises"], "oh"),
+    (["--loss", "torn.py:f"], "SyntaxError"),
+    (["--loss", "ipo", "--epsilon", "0.1"], "--epsilon"),
+    (["--gamma", "1"], "--gamma"),
+    (["--alpha", "1", "--data", "good.jsonl"], "--alpha"),
+    (["--loss", "cdpo", "--epsilon", "0.5"], "epsilon"),
+    (["--loss", "cdpo", "--epsilon", "-0.1"], "--epsilon"),
+    (["--loss", "mine.py:no_beta", "--beta", "1"], "--beta"),
     (["--beta", "0"], "--beta"),
     (["--beta", "-1"], "--beta"),
     (["--beta", "nan"], "--beta"),
@@ -218,6 +243,8 @@ def test_bad_input_is_one_line(flags, says, tmp_path, monkeypatch, capsys):
         "field.jsonl": '{"prompt": "a", "chosen": "b"}',
         "empty.jsonl": "",
         "one.jsonl": good,
+        "mine.py": MINE,
+        "torn.py": "def f(:",
     }.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "out").mkdir()
@@ -255,6 +282,64 @@ def test_help_names_every_flag(root):
         assert "--" + field.name.replace("_", "-") in shown
 
 
+LOSS_FLAGS = {name: [] for name in ("dpo", "cdpo", "robust", "ipo", "hinge")}
+LOSS_FLAGS |= {
+    "cdpo": ["--epsilon", "0.2"],
+    "experiments/losses.py:simpo_loss": ["--beta", "2", "--gamma", "0.5"],
+    "experiments/losses.py:orpo_loss": ["--alpha", "0.2"],
+    "experiments/losses.py:dpop_loss": ["--alpha", "5"],
+    "experiments/losses.py:unlikelihood_loss": ["--alpha", "0.05"],
+}
+
+
+@pytest.mark.parametrize("loss", LOSS_FLAGS)
+def test_every_loss_trains(loss, root, tmp_path, monkeypatch, capsys):
+    """The policy learns which answers win, whatever the loss; its settings are printed."""
+    monkeypatch.chdir(root)
+    flags = ["--loss", loss, *LOSS_FLAGS[loss], "--out", str(tmp_path)]
+    summary = train.main([*QUICK[:4], "--sft-epochs", "1", "--epochs", "4", *flags])
+    name = loss.split(":")[-1]
+    assert list(summary["rows"]) == ["reference", name, "optimum"]
+    assert summary["rows"][name]["pair_accuracy"] > 0.53
+    printed = capsys.readouterr().out.split("\n")[0].split()
+    for flag, value in zip(LOSS_FLAGS[loss][::2], LOSS_FLAGS[loss][1::2]):
+        assert f"{flag[2:]}={float(value)}" in printed
+
+
+def test_settings_reach_the_loss_and_only_by_name():
+    """A loss from a file gets what its signature names, lengths of its own pairs among them."""
+    seen = {}
+
+    def loss(a, b, c, d, chosen_lengths, rejected_lengths, gamma, beta=7.0):
+        seen.update(locals())
+        return b - a
+
+    config = dataclasses.replace(train.TOY, beta=3.0, gamma=0.5, epsilon=0.1)
+    policy, ref, lengths = (torch.arange(4.0).view(2, 2) + 10 * k for k in range(3))
+    losses = train.call_loss(loss, config, policy, ref, lengths)
+    assert losses.tolist() == [2, 2] and seen["beta"] == 3 and seen["gamma"] == 0.5
+    rows = [seen[key].tolist() for key in ("a", "b", "c", "d")]
+    assert rows == [[0, 1], [2, 3], [10, 11], [12, 13]]
+    assert seen["chosen_lengths"].tolist() == [20, 21]
+    assert seen["rejected_lengths"].tolist() == [22, 23]
+
+
+def test_a_loss_brings_its_own_defaults(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("")
+    real = ["--data", str(tmp_path / "pairs.jsonl")]
+    simpo = ["--loss", "experiments/losses.py:simpo_loss"]
+    for flags, beta, gamma, epsilon in (
+        (["--loss", "cdpo"], 1.0, None, 0.1),  # the toy's own beta
+        (real, 0.1, None, None),  # the paper's
+        (["--loss", "cdpo", "--beta", "0.3", "--epsilon", "0", *real], 0.3, None, 0.0),
+        (simpo + real, 2.0, 1.0, None),  # means over tokens: not DPO's 0.1
+        (simpo + real + ["--gamma", "0.3"], 2.0, 0.3, None),
+        (["--loss", "experiments/losses.py:orpo_loss", *real], 0.1, None, None),
+    ):
+        config = train.parse_args(flags)
+        assert (config.beta, config.gamma, config.epsilon) == (beta, gamma, epsilon), flags
+
+
 def test_soft_labels_mix_both_orders(monkeypatch, tmp_path):
     """p f(chosen, rejected) + (1 - p) f(rejected, chosen), with the p of the pair."""
     kept = []
@@ -262,8 +347,9 @@ def test_soft_labels_mix_both_orders(monkeypatch, tmp_path):
     config = dataclasses.replace(train.TOY, labels="soft", beta=0.5, out=str(tmp_path))
     p = torch.tensor([0.9, 0.2, 0.6])
     ref = torch.tensor([[-3.0, -1.0, -4.0], [-2.0, -5.0, -1.0]])
-    task = SimpleNamespace(p=p, rows=[])
-    train.train_dpo(SimpleNamespace(device="cpu"), task, ref, {}, config)
+    rows = [data.TokenPair([1], [1], [1])] * 3
+    task = SimpleNamespace(p=p, rows=rows, evaluate=lambda model: {})
+    train.train_dpo(SimpleNamespace(device="cpu"), task, ref, config)
     ids, chosen, rejected = (
         torch.tensor([2, 0]),
         torch.tensor([-1.0, -2.0]),
@@ -278,6 +364,7 @@ def test_pair_accuracy_by_hand():
     """A policy that prefers answer 1 is right in 0.8 where 0.8 of the annotators prefer it."""
     task = train.ToyTask(dataclasses.replace(train.TOY, world="small"))
     task.ref = task.best = torch.zeros(2, 1111, dtype=torch.float64).log_softmax(-1)
+    task.gap = 1.0
     better = task.ref.clone()
     better[0, 1] += 1
     one = torch.tensor([1])
@@ -308,3 +395,75 @@ def test_optimizers_and_schedule():
                 moved = (model.wte.weight - before).abs().max().item()
         assert len(lrs) == 40 and lrs[:4] == pytest.approx([0.025, 0.05, 0.075, 0.1])
         assert lrs[-1] == pytest.approx(last) and moved == pytest.approx(0.025, rel=1e-3)
+
+
+# The step itself
+
+
+def dpo_losses(ref):
+    return lambda chosen, rejected, ids: dpo.dpo_loss(chosen, rejected, *ref[:, ids], BETA).losses
+
+
+def test_gradient_of_the_whole_pipeline():
+    """collate, response_logps, Eq. 7 and its backward against the oracle's, policy != reference."""
+    model, reference = tiny_gpt(0), tiny_gpt(1)
+    oracle = [
+        torch.stack([one_at_a_time(m, row.prompt, getattr(row, side)) for row in ROWS])
+        for m in (model, reference)
+        for side in ("chosen", "rejected")
+    ]
+    r_w, r_l = BETA * (oracle[0] - oracle[2]), BETA * (oracle[1] - oracle[3])
+    (1 + (r_l - r_w).exp()).log().mean().backward()
+    wanted = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    ref = train.all_logps(reference, ROWS, train.TOY)
+    train.backward(model, ROWS, torch.arange(4), dpo_losses(ref), train.TOY)
+    for parameter, gradient in zip(model.parameters(), wanted):
+        expect(parameter.grad, gradient, "the training step's gradient is not Eq. 7's", 1e-9)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_accumulated_gradient_is_the_batch_gradient(micro):
+    """Of 7 pairs in parts of 1, of 2 (the last short) and of 3 (the last a single pair)."""
+    model, reference = tiny_gpt(0), tiny_gpt(1)
+    rows = ROWS + ROWS[:3]
+    ref = train.all_logps(reference, rows, train.TOY)
+    results = []
+    for size in (0, micro):
+        model.zero_grad()
+        config = dataclasses.replace(train.TOY, micro_batch_size=size)
+        record = train.backward(model, rows, torch.randperm(7), dpo_losses(ref), config)
+        losses = record["loss"].sum()
+        results.append((losses, *(parameter.grad.clone() for parameter in model.parameters())))
+    why = f"parts of {micro}: divide by the pairs of the batch, not of the part or by the parts"
+    for whole, parts in zip(*results):
+        expect(parts, whole, why, 1e-10)
+
+
+def test_reference_is_untouched_and_unshared():
+    reference = tiny_gpt(1)
+    before = copy.deepcopy(reference.state_dict())
+    policy = copy.deepcopy(reference)
+    ref = train.all_logps(reference, ROWS, train.TOY)
+    assert not ref.requires_grad, "the reference's log-probs are numbers, with no gradient"
+    config = dataclasses.replace(train.TOY, batch_size=4, warmup_steps=1, beta=BETA)
+    losses = [
+        record["loss"].mean().item()
+        for *_, record, _ in train.updates(policy, ROWS, dpo_losses(ref), config, 5, 1e-2)
+    ]
+    expect(losses[0], math.log(2), "the first loss: policy and reference are still the same")
+    assert losses[-1] < losses[0], f"Eq. 7 must fall under training, but went {losses}"
+    assert all(parameter.grad is None for parameter in reference.parameters())
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(tensor, before[name]), f"{name} of the reference has moved"
+    moved = [not torch.equal(t, before[name]) for name, t in policy.state_dict().items()]
+    assert all(moved), "every weight of the policy must move"
+
+
+def test_logged_weight_is_the_weight():
+    """The weight that train.py logs comes from autograd, for DPO it is sigma(r_l - r_w)."""
+    model, ref = tiny_gpt(0), train.all_logps(tiny_gpt(1), ROWS, train.TOY)
+    record = train.backward(model, ROWS, torch.arange(4), dpo_losses(ref), train.TOY)
+    described = dpo.describe(record["chosen_logp"], record["rejected_logp"], *ref, beta=BETA)
+    why = "the logged weight: -(1/beta) d loss / d log pi(y_w)"
+    expect(-record["chosen_grad"] / BETA, described["weight"], why)

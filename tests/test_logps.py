@@ -1,0 +1,145 @@
+"""log pi(y|x) from a real GPT: the plain way, the pair row, and a slow oracle.
+
+DPO_MODULE=my_dpo python -m pytest tests/test_logps.py   grades the log-probs of my_dpo.py
+"""
+
+import itertools
+import math
+
+import torch
+
+import data
+from model import GPT, GPTConfig
+from test_dpo import dpo, expect
+
+V, END = 5, 0  # the end token is id 0, which is what collate pads with: pad id == end id
+
+
+def tiny_gpt(seed):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(vocab_size=V, n_positions=12, n_embd=16, n_layer=2, n_head=2)).double()
+    for parameter in model.parameters():  # far from the small initialisation, biases included
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+ROWS = [  # prompts and answers of different lengths; answers that are the end token alone
+    data.TokenPair([3, 1, 4], [2, 2, 4, END], [1, END]),
+    data.TokenPair([2], [END], [4, 3, END]),
+    data.TokenPair([1, 1, 2, 3, 4, 4], [3, END], [END]),
+    data.TokenPair([4, 2], [1, END], [1, 3, 2, 2, 1, END]),
+]
+
+
+def one_at_a_time(model, prompt, answer):
+    """The slow oracle: no batch, no mask, no padding, a token after the other."""
+    total = 0.0
+    for k, token in enumerate(answer):
+        logits = model(torch.tensor([prompt + answer[:k]]))[0, -1]
+        total = total + logits[token] - logits.logsumexp(-1)
+    return total
+
+
+def two_rows(model, rows, side):
+    """The plain way: a padded row for each answer, then dpo.sequence_logps."""
+    texts = [row.prompt + getattr(row, side) for row in rows]
+    ids = torch.tensor([text + [END] * (12 - len(text)) for text in texts])
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        mask[i, len(row.prompt) : len(texts[i])] = 1
+    return dpo.sequence_logps(model(ids), ids, mask)
+
+
+def test_sequence_logps_is_the_slow_sum():
+    model = tiny_gpt(0)
+    for side in ("chosen", "rejected"):
+        slow = torch.stack([one_at_a_time(model, row.prompt, getattr(row, side)) for row in ROWS])
+        why = f"log pi(y|x), {side}: logits at t predict token t + 1; sum the answer's tokens only"
+        expect(two_rows(model, ROWS, side), slow, why)
+
+
+def test_sequence_logps_ignores_what_is_masked():
+    logits = torch.zeros(1, 3, V)
+    logits[0, 0, 1] = -torch.inf  # the prompt's second token is impossible, and nobody asks
+    logps = dpo.sequence_logps(logits, torch.tensor([[2, 1, 4]]), torch.tensor([[0, 0, 1]]))
+    expect(logps, [-math.log(V)], "a masked -inf must not turn into NaN: use where, not *", 1e-6)
+
+
+def test_bfloat16_logits_are_summed_in_float32():
+    torch.manual_seed(0)
+    logits, ids = 5 * torch.randn(2, 400, 50).bfloat16(), torch.randint(50, (2, 400))
+    mask = torch.ones_like(ids)
+    got, exact = (dpo.sequence_logps(x, ids, mask) for x in (logits, logits.double()))
+    assert got.dtype == torch.float32, "log-softmax and sums belong in float32 at least"
+    expect(got / exact, [1.0, 1.0], "a log-softmax in bfloat16 is off by whole nats", 1e-5)
+
+
+def test_pair_rows_equal_two_rows():
+    """One row [prompt | chosen | rejected] gives what two rows give: values and gradients."""
+    model = tiny_gpt(0)
+    sides = ("chosen", "rejected")
+    results = []
+    for logps in (
+        dpo.response_logps(model, data.collate(ROWS, [2, 0, 3, 1])),
+        [two_rows(model, [ROWS[i] for i in (2, 0, 3, 1)], side) for side in sides],
+    ):
+        model.zero_grad()
+        factors = torch.tensor([[1.0, -2.0, 0.5, 3.0], [-1.5, 0.3, 2.0, -0.7]])
+        (factors * torch.stack(list(logps))).sum().backward()
+        results.append((*logps, *(parameter.grad.clone() for parameter in model.parameters())))
+    why = "the pair row: each answer sees the prompt and itself, positions restart, nothing else"
+    for one_row, plain in zip(*results):
+        expect(one_row, plain, why, 1e-9)
+
+
+def test_pair_rows_in_float32():
+    model = tiny_gpt(0).float()
+    results = dpo.response_logps(model, data.collate(ROWS, range(4)))
+    for got, side in zip(results, ("chosen", "rejected")):
+        expect(got / two_rows(model, ROWS, side), [1.0] * 4, "the pair row in float32", 1e-6)
+
+
+def test_padding_changes_nothing():
+    model = tiny_gpt(0)
+    together = torch.stack(dpo.response_logps(model, data.collate(ROWS, range(4))))
+    alone = [torch.stack(dpo.response_logps(model, data.collate(ROWS, [i]))) for i in range(4)]
+    expect(together, torch.cat(alone, 1), "a row alone and beside longer rows is the same row")
+
+
+def test_all_answers_sum_to_one():
+    """Every answer there is, through pair rows, chosen and rejected side: probability 1 each."""
+    model = tiny_gpt(0)
+    words = [token for token in range(V) if token != END]
+    answers = [[*y, END] for n in range(3) for y in itertools.product(words, repeat=n)]
+    answers += [list(y) for y in itertools.product(words, repeat=3)]  # the world's K: over, no end
+    for prompt in ([3], [1, 2, 4]):
+        rows = [data.TokenPair(prompt, y, z) for y, z in zip(answers, reversed(answers))]
+        for logps in dpo.response_logps(model, data.collate(rows, range(len(rows)))):
+            why = "pi(y|x) over all y must sum to 1: end token scored? prompt left out? summed?"
+            expect(logps.exp().sum(), 1.0, why)
+
+
+def test_pair_rows_of_bfloat16_logits_are_summed_in_float32():
+    rows = [data.TokenPair([1], [2] * 200, [3] * 100)]
+    batch = data.collate(rows, [0])
+    torch.manual_seed(0)
+    logits = (5 * torch.randn(len(batch.targets), 5)).bfloat16()
+    got = dpo.response_logps(lambda *_: logits, batch)
+    exact = dpo.response_logps(lambda *_: logits.double(), batch)
+    for a, b in zip(got, exact):
+        assert a.dtype == torch.float32 and b.dtype == torch.float64
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=0)
+
+
+def test_a_row_without_a_second_answer_is_the_plain_sequence():
+    """SFT rows: the chosen answer's log-prob is what it is beside a rejected one."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(5, 12, 16, 1, 2)).double()
+    rows = [data.TokenPair([1, 2], [3, 4, 0], [2, 2, 2, 0]), data.TokenPair([3], [0], [1, 0])]
+    alone = [row._replace(rejected=[]) for row in rows]
+    both, _ = dpo.response_logps(model, data.collate(rows, [0, 1]))
+    chosen, none = dpo.response_logps(model, data.collate(alone, [0, 1]))
+    torch.testing.assert_close(chosen, both, rtol=1e-12, atol=0)
+    assert not none.any()
+    batch = data.collate(alone, [0, 1])
+    assert batch.ids.tolist() == [[1, 2, 3, 4], [3, 0, 0, 0]], "nothing is fed but the sequence"

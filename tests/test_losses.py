@@ -1,0 +1,335 @@
+"""The family in dpo.LOSSES and experiments/losses.py: values by hand, pulls, optima, extremes.
+
+DPO_MODULE=my_dpo python -m pytest tests/test_losses.py -k convex   grades your own f in LOSSES
+"""
+
+import math
+
+import pytest
+import torch
+
+from experiments import losses as more
+from test_dpo import BEST, BETA, LABELS, LOSSES, PAIRS, REF, REWARDS, WEIGHTS, I, J
+from test_dpo import descend, dpo, expect, f64
+
+LENGTHS = torch.tensor([[2, 3], [4, 1]], dtype=f64)  # tokens of the chosen and rejected answers
+
+
+def derivatives(loss, logps, **settings):
+    """d loss / d each of the four sums, each pair by itself: (4, B)."""
+    logps = logps.clone().requires_grad_()
+    result = loss(*logps, **settings)
+    (grad,) = torch.autograd.grad(getattr(result, "losses", result).sum(), logps)
+    return grad
+
+
+# Margins 1 and -3.5 (test_dpo.py). With softplus(-1) = 0.3133 and softplus(3.5) = 3.5298:
+#   cdpo    softplus(-m) + epsilon m                    0.3133 + 0.2,  3.5298 - 0.7
+#   robust  softplus(-m) - m epsilon / (1 - 2 epsilon)  0.3133 - 1/3,  3.5298 + 3.5/3
+#   ipo     ((m - 1/2) / beta)^2                        1, 64
+BY_HAND = {
+    "dpo": ({}, LOSSES, WEIGHTS),
+    "cdpo": (
+        {"epsilon": 0.2},
+        [LOSSES[0] + 0.2, LOSSES[1] - 0.7],
+        [WEIGHTS[0] - 0.2, WEIGHTS[1] - 0.2],
+    ),
+    "robust": (
+        {"epsilon": 0.2},
+        [LOSSES[0] - 1 / 3, LOSSES[1] + 3.5 / 3],
+        [WEIGHTS[0] + 1 / 3, WEIGHTS[1] + 1 / 3],
+    ),
+    "ipo": ({}, [1.0, 64.0], [-4.0, 32.0]),
+    "hinge": ({}, [0.0, 4.5], [0.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_family_by_hand(name):
+    settings, losses, pull = BY_HAND[name]
+    result = dpo.LOSSES[name](*PAIRS, beta=BETA, **settings)
+    expect(getattr(result, "losses", result), losses, f"{name}: the loss at margins 1 and -3.5")
+    chosen, rejected, *_ = derivatives(dpo.LOSSES[name], PAIRS, beta=BETA, **settings)
+    why = f"{name}: descent pulls on grad log pi(y_w) - grad log pi(y_l) with beta (-f'(m))"
+    expect(chosen, [-BETA * x for x in pull], why)
+    expect(rejected, [BETA * x for x in pull], why)
+
+
+def test_the_names_are_these():
+    assert set(dpo.LOSSES) >= set(BY_HAND), "dpo.LOSSES: dpo, cdpo, robust, ipo, hinge"
+
+
+@pytest.mark.parametrize("name", dpo.LOSSES)
+def test_family_is_convex_and_pulls_the_right_way(name):
+    """Whatever f a class adds: convex, f'(0) < 0, of the margin alone; `weights`, if any, -f'."""
+    m = torch.linspace(-8, 8, 65, dtype=f64)
+    zero = torch.zeros_like(m)
+
+    def f(chosen, rejected=zero, ref_chosen=zero, ref_rejected=zero):
+        result = dpo.LOSSES[name](chosen, rejected, ref_chosen, ref_rejected, beta=BETA)
+        return getattr(result, "losses", result)
+
+    values = f(m / BETA)
+    expect(f(m / BETA + 3, zero + 1, zero + 2), values, f"{name}: a function of the margin alone?")
+    bends = values[2:] - 2 * values[1:-1] + values[:-2]
+    assert (bends > -1e-9).all(), f"{name}: f is not convex, its slope falls somewhere"
+    grads = derivatives(dpo.LOSSES[name], torch.stack([m / BETA, zero, zero, zero]), beta=BETA)
+    assert grads[0, 32] < 0, f"{name}: at a tie f'(0) must be negative, or nothing is learnt"
+    expect(grads[1], -grads[0], f"{name}: chosen and rejected are pulled equally hard, apart")
+    result = dpo.LOSSES[name](m / BETA, zero, zero, zero, beta=BETA)
+    if hasattr(result, "weights"):
+        expect(result.weights, -grads[0] / BETA, f"{name}: weights must be -f'(m)")
+
+
+def test_cdpo_rests_where_the_labels_are_right_often_enough():
+    """Zero gradient at sigma(m) = 1 - epsilon; for epsilon 0.2, beta 0.1 at rho = 13.863."""
+    rho = torch.tensor([13.862943611198906], dtype=f64)
+    pair = torch.stack([rho, rho * 0, rho * 0, rho * 0])
+    why = "cdpo: its minimum is at m = log((1 - epsilon) / epsilon)"
+    expect(derivatives(dpo.cdpo_loss, pair, beta=0.1, epsilon=0.2), torch.zeros(4, 1), why)
+    lowest = dpo.cdpo_loss(*pair, beta=0.1, epsilon=0.2)
+    expect(lowest, [0.5004024235381879], "cdpo: its minimum is the entropy of a 0.2 coin")
+
+
+@pytest.mark.parametrize("loss", [dpo.cdpo_loss, dpo.robust_loss])
+def test_no_noise_is_dpo_and_too_much_is_refused(loss):
+    expect(loss(*PAIRS, beta=BETA, epsilon=0.0), LOSSES, f"{loss.__name__}: epsilon 0 is Eq. 7")
+    for epsilon in (-0.1, 0.5, 0.7, math.nan):
+        with pytest.raises(ValueError, match="epsilon"):
+            loss(*PAIRS, beta=BETA, epsilon=epsilon)
+
+
+def test_robust_is_unbiased_over_label_flips_and_unbounded_below():
+    m, zero = torch.linspace(-9, 9, 37, dtype=f64), torch.zeros(37, dtype=f64)
+    right, flipped = (dpo.robust_loss(x, zero, zero, zero, beta=1, epsilon=0.3) for x in (m, -m))
+    clean = torch.log1p((-m).exp())
+    why = "robust: (1 - epsilon) f(m) + epsilon f(-m) is the loss of the clean labels"
+    expect(0.7 * right + 0.3 * flipped, clean, why)
+    far = torch.tensor([500.0], dtype=f64)
+    got = dpo.robust_loss(far, far * 0, far * 0, far * 0, beta=0.1, epsilon=0.1)
+    expect(got, [-6.25], "robust: at m = 50, epsilon 0.1 it is -50 * 0.1 / 0.8: no lower bound")
+
+
+def test_ipo_has_a_finite_target_for_a_sure_label():
+    """Two answers, p = 1: the margin stops at 1/2, so rho at 1 / (2 beta) = 5 for beta 0.1."""
+    rho = torch.tensor([5.0, 0.0], dtype=f64)
+    pair = torch.stack([rho, rho * 0, rho * 0, rho * 0])
+    why = "ipo: 0 at rho = 5, and (1 / (2 beta))^2 = 25 at the reference"
+    expect(dpo.ipo_loss(*pair, beta=0.1), [0.0, 25.0], why)
+    grad = derivatives(dpo.ipo_loss, pair + 1e-3 * torch.eye(4, dtype=f64)[:, :1], beta=0.1)
+    assert grad[0, 0] > 0, "ipo: past its target it pulls back"
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0])
+def test_ipo_under_bradley_terry_labels_ends_at_g_over_tau(tau):
+    """Eq. 9 and 17 of the IPO paper, pairs drawn from the reference: pi* is ref exp(g / tau) / Z
+    with g(y) = P(y beats a draw from the reference). Not pi* of DPO."""
+    ref, mu = REF[0], REF[0].exp()
+    i, j = torch.cartesian_prod(torch.arange(27), torch.arange(27)).T
+    p = 1 / (1 + (REWARDS[0, j] - REWARDS[0, i]).exp())
+    g = (p * mu[j]).view(27, 27).sum(-1)
+
+    def loss_of(pi):
+        win = dpo.ipo_loss(pi[i], pi[j], ref[i], ref[j], beta=tau)
+        lose = dpo.ipo_loss(pi[j], pi[i], ref[j], ref[i], beta=tau)
+        return (mu[i] * mu[j] * (p * win + (1 - p) * lose)).sum()
+
+    found = descend(loss_of, ref)
+    expect(found, (ref + g / tau).log_softmax(-1), "ipo: its optimum is ref exp(g / tau) / Z", 1e-8)
+
+
+def test_cdpo_on_all_pairs_ends_beside_the_optimum_of_dpo():
+    """Told of noise that is not there, cDPO stops short: an implied P off by several points."""
+
+    def loss_of(pi):
+        sums = [logps[0, side] for logps in (pi, REF) for side in (I, J)]
+        win = dpo.cdpo_loss(*sums, beta=BETA, epsilon=0.1)
+        lose = dpo.cdpo_loss(*(sums[k] for k in (1, 0, 3, 2)), beta=BETA, epsilon=0.1)
+        return (LABELS[0] * win + (1 - LABELS[0]) * lose).mean()
+
+    h = BETA * (descend(loss_of, REF) - REF)[0]
+    off = (torch.sigmoid(h[I] - h[J]) - LABELS[0]).abs().max()
+    assert 0.05 < off < 0.15, off
+    exact = BETA * (BEST - REF)[0]
+    expect(torch.sigmoid(exact[I] - exact[J]), LABELS[0], "DPO's own optimum is exact")
+
+
+# experiments/losses.py
+
+
+def test_simpo_by_hand():
+    """Means per token: -1 against -1, then -2 against -1; beta 2, gamma 1: arguments -1 and -3."""
+    got = more.simpo_loss(*PAIRS, *LENGTHS, beta=2.0, gamma=1.0)
+    expect(got, [math.log1p(math.e), math.log1p(math.e**3)], "simpo: -log sigma(beta d - gamma)")
+    ratio = more.simpo_loss(*PAIRS, *LENGTHS, beta=2.5, gamma=2.5 * 0.55)
+    wanted = [math.log1p(math.exp(1.375)), math.log1p(math.exp(3.875))]
+    expect(ratio, wanted, "simpo: gamma is absolute, 0.55 as a ratio of beta 2.5 is 1.375")
+    other = more.simpo_loss(*PAIRS[:2], *PAIRS[:2], *LENGTHS, beta=2.0, gamma=1.0)
+    expect(other, got[:2], "simpo: there is no reference")
+    pull = derivatives(more.simpo_loss, PAIRS, beta=2.0, gamma=1.0, **sizes(LENGTHS))
+    sigma = [1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-3))]
+    expect(pull[0], [-2 * sigma[0] / 2, -2 * sigma[1] / 3], "simpo: pull beta sigma / |y_w|")
+    expect(pull[1], [2 * sigma[0] / 4, 2 * sigma[1] / 1], "simpo: pull beta sigma / |y_l|")
+    with pytest.raises(ValueError, match="beta"):
+        more.simpo_loss(*PAIRS, *LENGTHS, beta=0.0)
+
+
+def sizes(lengths):
+    return dict(zip(("chosen_lengths", "rejected_lengths"), lengths))
+
+
+def test_orpo_by_hand():
+    """Mean probabilities 1/2 and 1/5: odds 1 and 1/4, so L_OR = log(1 + 1/4)."""
+    logps = torch.tensor([[2 * math.log(0.5)], [4 * math.log(0.2)], [-9.0], [-9.0]], dtype=f64)
+    got = more.orpo_loss(*logps, *LENGTHS[:, :1], alpha=0.1)
+    why = "orpo: -mean log p(y_w) + alpha L_OR, odds from means over tokens"
+    expect(got, [math.log(2) + 0.1 * math.log(1.25)], why)
+    pull = derivatives(more.orpo_loss, logps, alpha=0.1, **sizes(LENGTHS[:, :1]))
+    # d log odds / d log p = 1 / (1 - p); sigma(-log 4) = 1/5
+    expect(pull[0], [-1 / 2 - 0.1 / 5 / 0.5 / 2], "orpo: both terms raise the chosen answer")
+    expect(pull[1], [0.1 / 5 / 0.8 / 4], "orpo: the odds ratio lowers the rejected one")
+    assert not pull[2:].any(), "orpo: there is no reference"
+
+
+@pytest.mark.parametrize("logp", [-1e-9, -1e-4, -1.0, -30.0, -1e4])
+def test_odds_are_stable(logp):
+    wanted = logp - math.log(-math.expm1(logp))
+    got = more.log_odds(torch.tensor([logp]))  # float32
+    expect(got / wanted, [1.0], "orpo: log(p / (1 - p)) through expm1", 1e-5)
+
+
+def test_dpop_by_hand():
+    """Pair 0's chosen answer has not fallen; pair 1's has, by 3 nats: m = -3.5 - 0.5 * 2 * 3."""
+    got = more.dpop_loss(*PAIRS, beta=BETA, alpha=2.0)
+    why = "dpop: Eq. 7 with the fine inside the sigmoid, only where chosen fell below the reference"
+    expect(got, [LOSSES[0], math.log1p(math.exp(6.5))], why)
+    pull = derivatives(more.dpop_loss, PAIRS, beta=BETA, alpha=2.0)
+    sigma = 1 / (1 + math.exp(-6.5))
+    expect(
+        pull[0], [-BETA * WEIGHTS[0], -BETA * sigma * 3], "dpop: the fine adds alpha to the pull"
+    )
+    expect(pull[1], [BETA * WEIGHTS[0], BETA * sigma], "dpop: rejected as in Eq. 7")
+
+
+def unlikelihood_of(pi, alpha):
+    """Over pairs drawn from the reference with Bradley-Terry labels, equal pairs kept; and s(y)."""
+    mu = REF[0].exp()
+    i, j = torch.cartesian_prod(torch.arange(27), torch.arange(27)).T
+    p = 1 / (1 + (REWARDS[0, j] - REWARDS[0, i]).exp())  # either order comes up, so half of each
+    loss = more.unlikelihood_loss(pi[i], pi[j], REF[0, i], REF[0, j], alpha=alpha)
+    return (2 * mu[i] * mu[j] * p * loss).sum(), (p * mu[j]).view(27, 27).sum(-1)
+
+
+def test_unlikelihood_by_hand():
+    got = more.unlikelihood_loss(*PAIRS, alpha=0.5)
+    expect(got, [2 - 2.0, 6 - 0.5], "unlikelihood: -log pi(y_w) + alpha log pi(y_l)")
+    pull = derivatives(more.unlikelihood_loss, PAIRS, alpha=0.5)
+    why = "unlikelihood: the same pull on every pair, right or wrong: no weight"
+    expect(pull, [[-1.0, -1.0], [0.5, 0.5], [0.0, 0.0], [0.0, 0.0]], why)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_unlikelihood_has_an_optimum_below_its_threshold(share):
+    """pi = 2 ref (s - alpha (1 - s)) / (1 - alpha) up to alpha = min s / (1 - s); alpha = 0 is
+    Preferred-FT: section 4's reference where there is no SFT model, the winners' frequencies."""
+    _, s = unlikelihood_of(REF[0], 0.0)
+    alpha = share * (s / (1 - s)).min()
+    optimum = 2 * REF[0].exp() * (s - alpha * (1 - s)) / (1 - alpha)
+    expect(optimum.sum(), 1.0, "this test's closed form")
+    found = descend(lambda pi: unlikelihood_of(pi, alpha)[0], REF[0])
+    expect(found, optimum.log(), "unlikelihood: its optimum below the threshold", 1e-7)
+
+
+def test_unlikelihood_is_unbounded_above_its_threshold():
+    """Take the worst answer's mass away, and the loss falls for ever: Table 3 in numbers."""
+    _, s = unlikelihood_of(REF[0], 0.0)
+    threshold = (s / (1 - s)).min()
+
+    def without_the_worst(logp, alpha):
+        pi = REF[0].clone()
+        pi[s.argmin()] = logp
+        return unlikelihood_of(pi.log_softmax(-1), alpha)[0]
+
+    for alpha in (1.1 * threshold, 1.0):
+        far, farther = (without_the_worst(logp, alpha) for logp in (-1e3, -1e6))
+        assert farther < far - 100, f"unlikelihood at alpha {alpha}: the loss must have no floor"
+    far, farther = (without_the_worst(logp, 0.9 * threshold) for logp in (-1e3, -1e6))
+    assert farther > far, "unlikelihood below its threshold: the loss must rise again"
+
+
+ALL = {**dpo.LOSSES, **{name: getattr(more, name) for name in dir(more) if name.endswith("_loss")}}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_extreme_log_probs(name):
+    """Log-probs of -1e4 on either side, and of 0 (p = 1), in float32: finite loss and gradient."""
+    ends = torch.tensor([-1e4, -1e-9, 0.0])
+    logps = torch.cartesian_prod(ends, ends, ends, ends).T  # (4, 81)
+    settings = sizes(torch.ones(2, 81)) if name in ("simpo_loss", "orpo_loss") else {}
+    result = ALL[name](*logps, **settings)
+    assert getattr(result, "losses", result).isfinite().all(), f"{name}: a loss is not finite"
+    assert derivatives(ALL[name], logps, **settings).isfinite().all(), f"{name}: a gradient is not"
+
+
+# What is refused, defaults, and what is logged
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    """(B, 1) against (B,) would be B * B pairs and a plausible loss."""
+    one_wrong = [PAIRS[0], PAIRS[1], PAIRS[2][:, None], PAIRS[3]]
+    for function in (dpo.dpo_loss, dpo.dpo_gradient, dpo.describe, dpo.ipo_loss):
+        for bad in (one_wrong, [x[:, None] for x in PAIRS]):
+            with pytest.raises(AssertionError):
+                function(*bad, beta=0.5)
+    with pytest.raises(AssertionError):
+        dpo.reward_model_loss(PAIRS[0], PAIRS[1][:, None])
+    with pytest.raises(AssertionError):
+        dpo.implicit_reward(PAIRS[0], PAIRS[1][:, None], 0.5)
+    with pytest.raises(AssertionError):
+        dpo.plackett_luce_loss(torch.zeros(2, 3), torch.zeros(1, 3))
+    with pytest.raises(AssertionError):
+        dpo.sequence_logps(torch.zeros(2, 3, 5), torch.zeros(2, 3).long(), torch.ones(1, 3))
+
+
+def test_default_beta_is_the_papers():
+    """0.1, in appendix B; and a log-ratio of 10 against 0 is then a margin of 1."""
+    ten, zero = torch.tensor([10.0], dtype=f64), torch.zeros(1, dtype=f64)
+    expect(dpo.dpo_gradient(ten, zero, zero, zero)[0], [-0.1 * WEIGHTS[0]], "default beta 0.1")
+    ranking = torch.tensor([[10.0, 0.0]], dtype=f64)
+    expect(dpo.plackett_luce_loss(ranking, ranking * 0), [LOSSES[0]], "default beta 0.1")
+    expect(dpo.hinge_loss(ten / 2, zero, zero, zero), [0.5], "default beta 0.1")
+    expect(dpo.ipo_loss(zero, zero, zero, zero), [25.0], "default beta 0.1")
+    expect(dpo.cdpo_loss(ten, zero, zero, zero), [LOSSES[0] + 0.1], "default epsilon 0.1")
+    expect(dpo.robust_loss(ten, zero, zero, zero), [LOSSES[0] - 0.125], "default epsilon 0.1")
+
+
+@pytest.mark.parametrize("beta", [0.0, -0.1, math.nan])
+def test_beta_must_be_positive_everywhere(beta):
+    zeros = torch.zeros(2, 3)
+    for function in (dpo.optimal_policy, dpo.plackett_luce_loss, dpo.implicit_reward):
+        with pytest.raises(ValueError, match="beta"):
+            function(zeros, zeros, beta)
+    for loss in (*dpo.LOSSES.values(), more.dpop_loss):
+        with pytest.raises(ValueError, match="beta"):
+            loss(*PAIRS, beta=beta)
+
+
+def test_describe_by_hand():
+    described = dpo.describe(*PAIRS, beta=0.5)
+    wanted = {
+        "loss": LOSSES,
+        "margin": [1.0, -3.5],
+        "weight": WEIGHTS,
+        "accuracy": [1.0, 0.0],
+        "chosen_reward": [0.5, -1.5],
+        "rejected_reward": [-0.5, 2.0],
+        "chosen_logp": [-2.0, -6.0],
+        "rejected_logp": [-4.0, -1.0],
+    }
+    assert list(described) == list(wanted)
+    for key, values in wanted.items():
+        expect(described[key], values, f"describe: {key}")
+
+
+def test_accuracy_counts_ties_half():
+    expect(dpo.accuracy(torch.tensor([2.0, 0.0, -1.0])), [1.0, 0.5, 0.0], "ties count half")
