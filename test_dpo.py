@@ -146,11 +146,11 @@ def test_eq3_objective_of_a_coin():
 
 
 def test_section3_objective_is_the_expected_ppo_reward():
-    shaped = REWARDS - dpo.implicit_reward(POLICIES, REFS, BETA)  # r - beta (log pi - log pi_ref)
-    J = dpo.rlhf_objective(POLICIES, REF, REWARDS, BETA)
-    expect(
-        (POLICIES.exp() * shaped).sum(-1), J, "section 3: the mean of PPO's reward is J of Eq. 3"
-    )
+    pi, kl = POLICIES.exp(), (POLICIES.exp() * (POLICIES - REFS)).sum(-1)
+    J = (pi * REWARDS).sum(-1) - BETA * kl
+    expect(dpo.rlhf_objective(POLICIES, REF, REWARDS, BETA), J, "Eq. 3: a sum over all answers")
+    mean = (pi * (REWARDS - dpo.implicit_reward(POLICIES, REFS, BETA))).sum(-1)
+    expect(mean, J, "section 3: the mean of r - r-hat, with r-hat of Eq. 5, is J of Eq. 3")
 
 
 # Section 4: the optimum, the reward behind it, the loss
@@ -182,7 +182,9 @@ def test_eq4_is_where_gradient_ascent_on_eq3_arrives():
 
 def test_eq5_reward_from_its_policy():
     implied = dpo.implicit_reward(BEST, REF, BETA) + BETA * Z.log()[:, None]
-    expect(implied, REWARDS, "Eq. 5: r = beta (log pi_r - log pi_ref) + beta log Z(x)")
+    wrong = {"the reference is left out": REWARDS + BETA * REF, "beta is missing": REWARDS / BETA}
+    why = "Eq. 5: r = beta (log pi_r - log pi_ref) + beta log Z(x)"
+    expect(implied, REWARDS, why, mistakes=wrong)
     mean = (REFS.exp() * dpo.implicit_reward(POLICIES, REFS, BETA)).sum(-1)
     kl = (REFS.exp() * (REFS - POLICIES)).sum(-1)
     expect(mean, -BETA * kl, "Eq. 5: E_ref[r-hat] = -beta KL(pi_ref || pi)")
@@ -190,9 +192,8 @@ def test_eq5_reward_from_its_policy():
 
 def test_eq6_the_normaliser_cancels():
     for r in (REWARDS, REWARDS + F_OF_X):  # the same preferences, another Z(x)
-        pi = dpo.optimal_policy(REF, r, 0.7)[0]
-        sums = (logps[:, side].flatten() for logps in (pi, REF) for side in (I, J))
-        got = (-dpo.dpo_loss(*sums, 0.7).losses).exp().view(2, -1)  # P(I beats J) by Eq. 6
+        h = dpo.implicit_reward(dpo.optimal_policy(REF, r, 0.7)[0], REF, 0.7)
+        got = dpo.bradley_terry(h[:, I], h[:, J])
         expect(got, LABELS, "Eq. 6: the preferences of pi* are those of r, whatever Z(x) is")
 
 
@@ -217,14 +218,14 @@ def test_eq7_is_log_2_where_policy_is_reference():
 
 def test_eq7_is_eq2_at_the_implicit_reward():
     h, pi, ref = BETA * (POLICIES[0, 0] - REF[0]), POLICIES[0, 0], REF[0]
+    eq2 = (1 + (h[J] - h[I]).exp()).log()
+    expect(dpo.reward_model_loss(h[I], h[J]), eq2, "Eq. 2: -log sigma(r_w - r_l)")
     losses = dpo.dpo_loss(pi[I], pi[J], ref[I], ref[J], BETA).losses
-    expect(losses, dpo.reward_model_loss(h[I], h[J]), "Eq. 7: it is Eq. 2 at the reward of Eq. 5")
+    expect(losses, eq2, "Eq. 7: it is Eq. 2 at the rewards of Eq. 5")
 
 
 @pytest.mark.parametrize("start", POLICIES[:3])
 def test_eq7_population_minimum_is_the_optimum_of_eq4(start):
-    """Over the exact labels Eq. 7 leads from anywhere to pi* of Eq. 4, and only there (Prop. 1)."""
-
     def loss_of(pi):
         def loss(w, l):
             sums = (logps[:, side].flatten() for logps in (pi, REF) for side in (w, l))
@@ -232,7 +233,7 @@ def test_eq7_population_minimum_is_the_optimum_of_eq4(start):
 
         return on_all_pairs(loss)
 
-    why = "Eq. 7: with endless pairs its minimum is pi* of Eq. 4; is the reference left out?"
+    why = "Eq. 7: descent with endless pairs ends at pi* of Eq. 4, if loss and gradient are right"
     expect(descend(loss_of, start), BEST, why, 1e-8)
     expect(loss_of(BEST), ENTROPY, "Eq. 7: its minimum is the entropy of the labels")
 
@@ -240,10 +241,11 @@ def test_eq7_population_minimum_is_the_optimum_of_eq4(start):
 def test_eq7_survives_extreme_margins():
     logps = [torch.tensor([x], requires_grad=True) for x in (-8000.0, -4000.0)]
     losses = dpo.dpo_loss(*logps, torch.zeros(1), torch.zeros(1), beta=0.3).losses
-    losses.sum().backward()
     why = "Eq. 7 at a margin of -1200: use logsigmoid; log(sigmoid(x)) is -inf there"
     expect(losses, [1200.0], why, 1e-3)
-    expect(torch.cat([x.grad for x in logps]), [-0.3, 0.3], why, 1e-6)
+    grads = torch.autograd.grad(losses.sum(), logps, allow_unused=True)
+    assert None not in grads, "Eq. 7: a policy log-prob gets no gradient: is there a detach?"
+    expect(torch.cat(grads), [-0.3, 0.3], why, 1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.0, -0.1, math.nan])
@@ -266,8 +268,7 @@ def test_appendix_b_code_is_eq7():
 # The gradient of section 4, and the misprint. Never at policy == reference: there all are right.
 
 
-def slopes(at, side):
-    """d loss / d at[side] by central differences, for each pair."""
+def slopes(at, side):  # d loss / d at[side] of each pair, by central differences
     step = 1e-5 * torch.eye(4, dtype=f64)[side, :, None]
     up, down = (dpo.dpo_loss(*(at + sign * step), beta=BETA).losses for sign in (1, -1))
     return (up - down) / 2e-5
@@ -295,7 +296,7 @@ def test_gradient_by_autograd_and_finite_differences(side, name):
     assert grad is not None, f"Eq. 7: no gradient reaches the policy's {name} log-prob: a detach?"
     why = f"section 4, {name}: autograd through dpo_loss is not its slope; a detach too many?"
     expect(grad, slope, why, 1e-8)
-    why = f"section 4, {name}: dpo_gradient is not the slope of dpo_loss"
+    why = f"section 4, {name}: dpo_gradient is not the slope of dpo_loss; see their tests by hand"
     expect(dpo.dpo_gradient(*PAIRS, beta=BETA)[side], slope, why, 1e-8)
 
 
@@ -303,12 +304,11 @@ def test_eq21_eq22_and_a4_are_misprinted():
     """The appendix exchanges r_w and r_l. Measured on the two pairs, which version is the slope?"""
     slope = slopes(PAIRS, 0)  # -0.134 and -0.485
     as_printed = -BETA * torch.tensor([1.0, -3.5], dtype=f64).sigmoid()  # -0.366 and -0.015
-    why = "section 4 has the weight right, sigma(r_l - r_w); the last line of A.4 has not"
+    why = "section 4's weight, sigma(r_l - r_w), is the slope of dpo_loss; A.4's is not"
     expect(dpo.dpo_gradient(*PAIRS, beta=BETA)[0], slope, why, 1e-8)
     assert ((slope - as_printed).abs() > 0.2).all(), "A.4's printed weight cannot be the slope"
     swapped = PAIRS[[1, 0, 3, 2]]  # Eq. 21 as printed: log sigma(r_l - r_w)
-    why = "Eq. 21 as printed has the gradient of A.4's last line with the other sign"
-    expect(slopes(swapped, 1), -as_printed, why, 1e-8)
+    expect(slopes(swapped, 1), -as_printed, "Eq. 21 as printed: A.4 with the other sign", 1e-8)
 
 
 def test_eq22_weight_is_the_log_slope_of_sigma():
@@ -330,8 +330,7 @@ def gpt(seed):
     return model
 
 
-def test_gradient_through_a_gpt():
-    """d Eq. 7 / d theta = sum of dpo_gradient times grad log pi, for every parameter of a GPT."""
+def test_gradient_through_a_gpt():  # all its parameters
     policy, reference = gpt(0), gpt(1)
     rows = [data.TokenPair([3, 1], [2, 4, 0], [1, 0]), data.TokenPair([2], [0], [4, 3, 3, 0])]
     batch = data.collate(rows, [0, 1])
@@ -341,7 +340,7 @@ def test_gradient_through_a_gpt():
     by_hand = dpo.dpo_gradient(*(x.detach() for x in logps), *ref, BETA)
     wanted = torch.autograd.grad(logps, list(policy.parameters()), by_hand)
     dpo.dpo_loss(*dpo.response_logps(policy, batch), *ref, BETA).losses.sum().backward()
-    why = "section 4: grad L = -beta sigma(r_l - r_w) (grad log pi(y_w) - grad log pi(y_l)), in "
+    why = "section 4: autograd of dpo_loss (got), dpo_gradient times grad log pi (expected), in "
     for (name, parameter), gradient in zip(policy.named_parameters(), wanted):
         expect(parameter.grad, gradient, why + name, 1e-10)
 
@@ -456,7 +455,8 @@ def test_eq18_plackett_luce():
     p = dpo.plackett_luce_logps(rewards[RANKINGS]).exp()
     a, b, c, d = rewards.exp().tolist()
     by_hand = a / (a + b + c + d) * b / (b + c + d) * c / (c + d)
-    wrong = {"it is read worst first": d / (a + b + c + d) * c / (a + b + c) * b / (a + b)}
+    upwards = d / (a + b + c + d) * c / (a + b + c) * b / (a + b)
+    wrong = {"it is read worst first, or the sum runs over j <= k": upwards}
     why = "Eq. 18: best first, and the k-th factor's sum runs over j >= k"
     expect(p[0], by_hand, why, mistakes=wrong)
     expect(p.sum(), 1.0, "Eq. 18: the 24 rankings of 4 answers are all there is")
@@ -467,14 +467,13 @@ def test_eq18_plackett_luce():
 
 def test_eq19_rankings_from_the_optimal_policy():
     loss = dpo.plackett_luce_loss(BEST[0, RANKINGS], REF[0, RANKINGS], BETA)
-    why = "Eq. 19: Eq. 18 at beta log pi* / pi_ref is Eq. 18 at r*, for Z(x) cancels"
-    expect(loss, -dpo.plackett_luce_logps(REWARDS[0, RANKINGS]), why)
+    eq18 = dpo.plackett_luce_logps(REWARDS[0, RANKINGS])
+    expect(loss, -eq18, "Eq. 19: Eq. 18 at beta log pi* / pi_ref is Eq. 18 at r*: Z(x) cancels")
 
 
 def test_eq20_of_two_answers_is_eq7():
     losses = dpo.plackett_luce_loss(PAIRS[:2].T, PAIRS[2:].T, BETA)
-    why = "Eq. 20 with K = 2 is Eq. 7; is the ranking read best first?"
-    expect(losses, LOSSES, why, mistakes=MISTAKES)
+    expect(losses, LOSSES, "Eq. 20 with K = 2, best first, is Eq. 7", mistakes=MISTAKES)
 
 
 def test_eq20_minimum_is_the_optimum_of_eq4():

@@ -164,6 +164,8 @@ def test_batches_cover_every_epoch_in_a_new_order():
     for epoch in (first, second):
         assert sorted(i for batch in epoch for i in batch) == list(range(50))
         assert sorted(map(len, epoch)) == [2] + [8] * 6
+    together = [{frozenset(batch) for batch in epoch} for epoch in (first, second)]
+    assert together[0] != together[1], "other pairs share a batch in the next epoch"
     assert first != second and epochs(0) == [first, second] and epochs(1) != [first, second]
     spread = [max(len(rows[i][0]) for i in b) - min(len(rows[i][0]) for i in b) for b in first]
     assert max(spread) <= 2, "rows of similar length belong together"

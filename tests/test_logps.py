@@ -33,7 +33,7 @@ ROWS = [  # prompts and answers of different lengths; answers that are the end t
 
 def one_at_a_time(model, prompt, answer):
     """The slow oracle: no batch, no mask, no padding, a token after the other."""
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64)
     for k, token in enumerate(answer):
         logits = model(torch.tensor([prompt + answer[:k]]))[0, -1]
         total = total + logits[token] - logits.logsumexp(-1)
@@ -52,17 +52,33 @@ def two_rows(model, rows, side):
 
 def test_sequence_logps_is_the_slow_sum():
     model = tiny_gpt(0)
+
+    def slow(cut):
+        """The oracle on all rows; `cut` says which part of a row is the answer."""
+        parts = [cut(row.prompt, getattr(row, side)) for row in ROWS]
+        return torch.stack([one_at_a_time(model, *part) for part in parts])
+
     for side in ("chosen", "rejected"):
-        slow = torch.stack([one_at_a_time(model, row.prompt, getattr(row, side)) for row in ROWS])
+        wanted = slow(lambda x, y: (x, y))
+        lengths = torch.tensor([len(getattr(row, side)) for row in ROWS])
+        mistakes = {
+            "the mask is not shifted with the tokens": slow(
+                lambda x, y: (x + y[:1], y[1:] + [END])
+            ),
+            "the prompt is counted": slow(lambda x, y: (x[:1], x[1:] + y)),
+            "the end token is not counted": slow(lambda x, y: (x, y[:-1])),
+            "it is a mean over tokens": wanted / lengths,
+        }
         why = f"log pi(y|x), {side}: logits at t predict token t + 1; sum the answer's tokens only"
-        expect(two_rows(model, ROWS, side), slow, why)
+        expect(two_rows(model, ROWS, side), wanted, why, mistakes=mistakes)
 
 
 def test_sequence_logps_ignores_what_is_masked():
     logits = torch.zeros(1, 3, V)
     logits[0, 0, 1] = -torch.inf  # the prompt's second token is impossible, and nobody asks
     logps = dpo.sequence_logps(logits, torch.tensor([[2, 1, 4]]), torch.tensor([[0, 0, 1]]))
-    expect(logps, [-math.log(V)], "a masked -inf must not turn into NaN: use where, not *", 1e-6)
+    assert not logps.isnan(), "a masked -inf must not turn into NaN: use where, not *"
+    expect(logps, [-math.log(V)], "one answer token out of 5 equally likely ones", 1e-6)
 
 
 def test_bfloat16_logits_are_summed_in_float32():
@@ -74,14 +90,17 @@ def test_bfloat16_logits_are_summed_in_float32():
     expect(got / exact, [1.0, 1.0], "a log-softmax in bfloat16 is off by whole nats", 1e-5)
 
 
-def test_pair_rows_equal_two_rows():
-    """One row [prompt | chosen | rejected] gives what two rows give: values and gradients."""
-    model = tiny_gpt(0)
-    sides = ("chosen", "rejected")
-    results = []
+def test_pair_rows_equal_plain_sequences():
+    """One row [prompt | chosen | rejected] gives what two sequences give: values, gradients."""
+    model, order, results = tiny_gpt(0), [2, 0, 3, 1], []
     for logps in (
-        dpo.response_logps(model, data.collate(ROWS, [2, 0, 3, 1])),
-        [two_rows(model, [ROWS[i] for i in (2, 0, 3, 1)], side) for side in sides],
+        dpo.response_logps(model, data.collate(ROWS, order)),
+        [
+            torch.stack(
+                [one_at_a_time(model, ROWS[i].prompt, getattr(ROWS[i], side)) for i in order]
+            )
+            for side in ("chosen", "rejected")
+        ],
     ):
         model.zero_grad()
         factors = torch.tensor([[1.0, -2.0, 0.5, 3.0], [-1.5, 0.3, 2.0, -0.7]])
@@ -93,10 +112,11 @@ def test_pair_rows_equal_two_rows():
 
 
 def test_pair_rows_in_float32():
-    model = tiny_gpt(0).float()
-    results = dpo.response_logps(model, data.collate(ROWS, range(4)))
-    for got, side in zip(results, ("chosen", "rejected")):
-        expect(got / two_rows(model, ROWS, side), [1.0] * 4, "the pair row in float32", 1e-6)
+    results = dpo.response_logps(tiny_gpt(0).float(), data.collate(ROWS, range(4)))
+    exact = dpo.response_logps(tiny_gpt(0), data.collate(ROWS, range(4)))
+    for got, wanted in zip(results, exact):
+        assert got.dtype == torch.float32
+        expect(got / wanted, [1.0] * 4, "the pair row in float32 against float64", 1e-6)
 
 
 def test_padding_changes_nothing():

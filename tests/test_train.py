@@ -15,11 +15,116 @@ import torch
 import data
 import dpo
 import train
+from model import GPT
 from test_dpo import BETA, expect
 from test_logps import ROWS, one_at_a_time, tiny_gpt
 
 QUICK = "--world small --pairs 4000 --epochs 8 --sft-epochs 2 --beta 0.5".split()
 ROW = "expected_reward kl_to_reference objective kl_to_optimum pair_accuracy gap_closed".split()
+
+
+# The step itself
+
+
+def dpo_losses(ref):
+    return lambda chosen, rejected, ids: dpo.dpo_loss(chosen, rejected, *ref[:, ids], BETA).losses
+
+
+def test_gradient_of_the_whole_pipeline():
+    """collate, response_logps, Eq. 7 and its backward against the oracle's, policy != reference."""
+    model, reference = tiny_gpt(0), tiny_gpt(1)
+    oracle = [
+        torch.stack([one_at_a_time(m, row.prompt, getattr(row, side)) for row in ROWS])
+        for m in (model, reference)
+        for side in ("chosen", "rejected")
+    ]
+    r_w, r_l = BETA * (oracle[0] - oracle[2]), BETA * (oracle[1] - oracle[3])
+    (1 + (r_l - r_w).exp()).log().mean().backward()
+    wanted = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    ref = train.all_logps(reference, ROWS, train.TOY)
+    train.backward(model, ROWS, torch.arange(4), dpo_losses(ref), train.TOY)
+    for parameter, gradient in zip(model.parameters(), wanted):
+        expect(parameter.grad, gradient, "the training step's gradient is not Eq. 7's", 1e-9)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_accumulated_gradient_is_the_batch_gradient(micro):
+    """Of 7 pairs in parts of 1, of 2 (the last short) and of 3 (the last a single pair)."""
+    model, reference = tiny_gpt(0), tiny_gpt(1)
+    rows = ROWS + ROWS[:3]
+    ref = train.all_logps(reference, rows, train.TOY)
+    results = []
+    for size in (0, micro):
+        model.zero_grad()
+        config = dataclasses.replace(train.TOY, micro_batch_size=size)
+        record = train.backward(model, rows, torch.randperm(7), dpo_losses(ref), config)
+        losses = record["loss"].sum()
+        results.append((losses, *(parameter.grad.clone() for parameter in model.parameters())))
+    why = f"parts of {micro}: divide by the pairs of the batch, not of the part or by the parts"
+    for whole, parts in zip(*results):
+        expect(parts, whole, why, 1e-10)
+
+
+def test_long_gradients_are_cut_and_their_length_is_logged():
+    model, ref = tiny_gpt(0), train.all_logps(tiny_gpt(1), ROWS, train.TOY)
+    config = dataclasses.replace(train.TOY, batch_size=4, max_grad_norm=0.01)
+    *_, record, _ = next(train.updates(model, ROWS, dpo_losses(ref), config, 1, 1e-2))
+    cut = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm()
+    assert record["grad_norm"] > 0.1 and cut == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_seed_decides_the_order_of_the_pairs():
+    rows = [data.TokenPair([1], [2], [])] * 40
+
+    def order(seed):
+        config = dataclasses.replace(train.TOY, batch_size=4, seed=seed)
+        steps = train.updates(tiny_gpt(0), rows, lambda y, *_: -y, config, 1, 1e-3)
+        return [i for *_, pair_ids in steps for i in pair_ids.tolist()]
+
+    assert order(0) == order(0) != order(1) and sorted(order(0)) == list(range(40))
+
+
+def test_reference_and_policy_are_scored_in_one_precision():
+    """Under autocast too: where they are the same, every reward is 0 to the last digit."""
+    model = tiny_gpt(0).float()
+    low = dataclasses.replace(train.TOY, dtype="bfloat16")
+    policy = torch.stack(train.logps_of(model, data.collate(ROWS, range(4)), low))
+    expect(train.all_logps(model, ROWS, low), policy, "reference in the policy's precision", 0)
+    exact = train.all_logps(model, ROWS, train.TOY)
+    assert 1e-4 < (policy - exact).abs().max() < 0.5, "bfloat16 is not float32"
+
+
+def test_reference_is_untouched_and_unshared():
+    reference = tiny_gpt(1)
+    before = copy.deepcopy(reference.state_dict())
+    policy = copy.deepcopy(reference)
+    ref = train.all_logps(reference, ROWS, train.TOY)
+    assert not ref.requires_grad, "the reference's log-probs are numbers, with no gradient"
+    config = dataclasses.replace(train.TOY, batch_size=4, warmup_steps=1, beta=BETA)
+    losses = [
+        record["loss"].mean().item()
+        for *_, record, _ in train.updates(policy, ROWS, dpo_losses(ref), config, 5, 1e-2)
+    ]
+    expect(losses[0], math.log(2), "the first loss: policy and reference are still the same")
+    assert losses[-1] < losses[0], f"Eq. 7 must fall under training, but went {losses}"
+    assert all(parameter.grad is None for parameter in reference.parameters())
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(tensor, before[name]), f"{name} of the reference has moved"
+    moved = [not torch.equal(t, before[name]) for name, t in policy.state_dict().items()]
+    assert all(moved), "every weight of the policy must move"
+
+
+def test_logged_weight_is_the_weight():
+    """The weight that train.py logs comes from autograd, for DPO it is sigma(r_l - r_w)."""
+    model, ref = tiny_gpt(0), train.all_logps(tiny_gpt(1), ROWS, train.TOY)
+    record = train.backward(model, ROWS, torch.arange(4), dpo_losses(ref), train.TOY)
+    described = dpo.describe(record["chosen_logp"], record["rejected_logp"], *ref, beta=BETA)
+    why = "the logged weight: -(1/beta) d loss / d log pi(y_w)"
+    expect(-record["chosen_grad"] / BETA, described["weight"], why)
+
+
+# The command line
 
 
 def command(root, *flags, **kwargs):
@@ -64,6 +169,16 @@ def test_toy_summary_obeys_the_theory(toy):
     closed = 1 - rows["dpo"]["kl_to_optimum"] / rows["reference"]["kl_to_optimum"]
     assert abs(summary["gap_closed"] - closed) < 1e-12 and closed > 0.3
     assert [rows[name]["gap_closed"] for name in rows] == [0, summary["gap_closed"], 1]
+
+
+def test_saved_models_are_those_of_the_table(toy):
+    """out/reference and out/policy, read back, have the table's expected rewards."""
+    world = data.ToyWorld("small")
+    rows = json.loads((toy[1] / "summary.json").read_text())["rows"]
+    for folder, name in (("reference", "reference"), ("policy", "dpo")):
+        logps = world.logps(GPT.from_pretrained(str(toy[1] / folder)))
+        reward = (logps.exp() * world.rewards).sum(-1).mean().item()
+        assert reward == pytest.approx(rows[name]["expected_reward"], abs=1e-6), folder
 
 
 def test_toy_metrics(toy):
@@ -395,75 +510,3 @@ def test_optimizers_and_schedule():
                 moved = (model.wte.weight - before).abs().max().item()
         assert len(lrs) == 40 and lrs[:4] == pytest.approx([0.025, 0.05, 0.075, 0.1])
         assert lrs[-1] == pytest.approx(last) and moved == pytest.approx(0.025, rel=1e-3)
-
-
-# The step itself
-
-
-def dpo_losses(ref):
-    return lambda chosen, rejected, ids: dpo.dpo_loss(chosen, rejected, *ref[:, ids], BETA).losses
-
-
-def test_gradient_of_the_whole_pipeline():
-    """collate, response_logps, Eq. 7 and its backward against the oracle's, policy != reference."""
-    model, reference = tiny_gpt(0), tiny_gpt(1)
-    oracle = [
-        torch.stack([one_at_a_time(m, row.prompt, getattr(row, side)) for row in ROWS])
-        for m in (model, reference)
-        for side in ("chosen", "rejected")
-    ]
-    r_w, r_l = BETA * (oracle[0] - oracle[2]), BETA * (oracle[1] - oracle[3])
-    (1 + (r_l - r_w).exp()).log().mean().backward()
-    wanted = [parameter.grad.clone() for parameter in model.parameters()]
-    model.zero_grad()
-    ref = train.all_logps(reference, ROWS, train.TOY)
-    train.backward(model, ROWS, torch.arange(4), dpo_losses(ref), train.TOY)
-    for parameter, gradient in zip(model.parameters(), wanted):
-        expect(parameter.grad, gradient, "the training step's gradient is not Eq. 7's", 1e-9)
-
-
-@pytest.mark.parametrize("micro", [1, 2, 3])
-def test_accumulated_gradient_is_the_batch_gradient(micro):
-    """Of 7 pairs in parts of 1, of 2 (the last short) and of 3 (the last a single pair)."""
-    model, reference = tiny_gpt(0), tiny_gpt(1)
-    rows = ROWS + ROWS[:3]
-    ref = train.all_logps(reference, rows, train.TOY)
-    results = []
-    for size in (0, micro):
-        model.zero_grad()
-        config = dataclasses.replace(train.TOY, micro_batch_size=size)
-        record = train.backward(model, rows, torch.randperm(7), dpo_losses(ref), config)
-        losses = record["loss"].sum()
-        results.append((losses, *(parameter.grad.clone() for parameter in model.parameters())))
-    why = f"parts of {micro}: divide by the pairs of the batch, not of the part or by the parts"
-    for whole, parts in zip(*results):
-        expect(parts, whole, why, 1e-10)
-
-
-def test_reference_is_untouched_and_unshared():
-    reference = tiny_gpt(1)
-    before = copy.deepcopy(reference.state_dict())
-    policy = copy.deepcopy(reference)
-    ref = train.all_logps(reference, ROWS, train.TOY)
-    assert not ref.requires_grad, "the reference's log-probs are numbers, with no gradient"
-    config = dataclasses.replace(train.TOY, batch_size=4, warmup_steps=1, beta=BETA)
-    losses = [
-        record["loss"].mean().item()
-        for *_, record, _ in train.updates(policy, ROWS, dpo_losses(ref), config, 5, 1e-2)
-    ]
-    expect(losses[0], math.log(2), "the first loss: policy and reference are still the same")
-    assert losses[-1] < losses[0], f"Eq. 7 must fall under training, but went {losses}"
-    assert all(parameter.grad is None for parameter in reference.parameters())
-    for name, tensor in reference.state_dict().items():
-        assert torch.equal(tensor, before[name]), f"{name} of the reference has moved"
-    moved = [not torch.equal(t, before[name]) for name, t in policy.state_dict().items()]
-    assert all(moved), "every weight of the policy must move"
-
-
-def test_logged_weight_is_the_weight():
-    """The weight that train.py logs comes from autograd, for DPO it is sigma(r_l - r_w)."""
-    model, ref = tiny_gpt(0), train.all_logps(tiny_gpt(1), ROWS, train.TOY)
-    record = train.backward(model, ROWS, torch.arange(4), dpo_losses(ref), train.TOY)
-    described = dpo.describe(record["chosen_logp"], record["rejected_logp"], *ref, beta=BETA)
-    why = "the logged weight: -(1/beta) d loss / d log pi(y_w)"
-    expect(-record["chosen_grad"] / BETA, described["weight"], why)
