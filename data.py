@@ -289,7 +289,7 @@ class ToyWorld:
         degrees = ["", *(" " + degree for degree in self.degrees if degree != "not")]
         grammar = itertools.product(["", " not"], degrees, self.opinions)
         encoded = [self.tokenizer.encode_ordinary(f"{a}{b} {c}") for a, b, c in grammar]
-        sentences = torch.tensor([(ids + [self.W] * self.K)[:self.K] for ids in encoded])
+        sentences = torch.tensor([(ids + [self.W] * self.K)[: self.K] for ids in encoded])
         tokens = sentences[torch.randint(len(sentences), (n,), generator=generator)]
         slips = torch.rand(n, self.K, generator=generator) < slip
         slip_to = torch.randint(self.W + 1, (n, self.K), generator=generator)

@@ -33,7 +33,7 @@ def reward_model_loss(chosen_rewards, rejected_rewards):
 def kl_divergence(logps, other_logps):
     """KL(pi || other) in nats; the last dimension lists every answer: (..., Y) -> (...)."""
     probs = logps.exp()
-    return torch.where(probs > 0, probs * (logps - other_logps), 0).sum(-1)  # 0 log 0 = 0
+    return (probs * torch.where(probs > 0, logps - other_logps, 0)).sum(-1)  # 0 log 0 = 0
 
 
 def rlhf_objective(policy_logps, ref_logps, rewards, beta):
@@ -76,7 +76,7 @@ class DPOLoss(NamedTuple):
     """What `dpo_loss` says of each pair, all (B,). Only `losses` carries gradient."""
 
     losses: torch.Tensor
-    weights: torch.Tensor  # sigma(r_rejected - r_chosen), in (0, 1)
+    weights: torch.Tensor  # sigma(r_rejected - r_chosen), from 0 to 1
     chosen_rewards: torch.Tensor
     rejected_rewards: torch.Tensor
 
@@ -104,7 +104,7 @@ def dpo_gradient(
     """Section 4's gradient of each pair's Eq. 7 loss, by hand: d loss / d policy_chosen_logps and
     d loss / d policy_rejected_logps, each (B,), the factors of grad log pi in the paper's display.
 
-    Descent raises the chosen answer and lowers the rejected one, most where r-hat ranks them
+    Descent pushes the chosen log-prob up and the rejected one down, most where r-hat ranks the two
     confidently the wrong way round. (A.4 in the appendix prints sigma(r_chosen - r_rejected), a
     misprint like the signs of Eq. 21 and 22; at policy == reference both are 1/2 and none shows.)
     """

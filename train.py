@@ -3,11 +3,12 @@
     python train.py                      the toy world, whose exact optimum is known
     python train.py --data pairs.jsonl   your own preference pairs
 
-Departs from the paper: AdamW and a linear decay, unless --optimizer rmsprop --no-decay.
+Departs from the paper: AdamW and a linear decay (--optimizer rmsprop --no-decay undo that), clipped
+gradients, other steps (the paper's: --lr 1e-6 --batch-size 64 --warmup-steps 150).
 """
 
 import argparse
-import importlib
+import importlib.util
 import inspect
 import json
 import math
@@ -102,11 +103,12 @@ def run(config):
     before = samples(model, task, config.seed)
     history = train_dpo(model, task, ref_logps, config)
     model.save_pretrained(out / "policy")
-    policy = results[config.loss.split(":")[-1]] = task.evaluate(model)
+    name = config.loss if config.loss in dpo.LOSSES else "policy"
+    results[name] = task.evaluate(model)
     results |= {} if config.data else {"optimum": task.exact(task.best)}
 
     summary = {"config": asdict(config), "seconds": round(time.time() - start, 1)}
-    summary |= {"gap_closed": policy.get("gap_closed"), "rows": results}
+    summary |= {"gap_closed": results[name].get("gap_closed"), "rows": results}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot(history, results, out / "curves.png")
     report(summary, before, samples(model, task, config.seed))
@@ -153,7 +155,7 @@ class ToyTask:
             "kl_to_optimum": dpo.kl_divergence(logps, self.best),
             "pair_accuracy": p * won + (1 - p) * (1 - won),
         })  # fmt: skip
-        if self.config.labels != "deterministic":  # there Eq. 7 has no finite optimum
+        if self.config.labels != "deterministic" and self.gap > 1e-9:  # else no optimum, no gap
             row["gap_closed"] = 1 - row["kl_to_optimum"] / self.gap
         return row
 
@@ -242,11 +244,15 @@ def train_dpo(model, task, ref_logps, config):
 
 def load_loss(name):
     """A name in dpo.LOSSES, or file.py:function for any function of the same four sums."""
-    path, _, name = name.rpartition(":")
-    if not path:
+    if name in dpo.LOSSES:
         return dpo.LOSSES[name]
-    sys.path.insert(0, str(Path(path).parent))
-    return getattr(importlib.import_module(Path(path).stem), name)
+    path, _, function = name.rpartition(":")
+    if not path.endswith(".py"):
+        refuse(f"--loss {name}: there are {', '.join(dpo.LOSSES)}, or file.py:function")
+    spec = importlib.util.spec_from_file_location("loss_file", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, function)
 
 
 def call_loss(loss, config, policy_logps, ref_logps, lengths):
@@ -279,7 +285,7 @@ def updates(model, rows, losses_of, config, epochs, peak_lr):
         record = backward(model, rows, pair_ids, losses_of, config)
         look = step % config.log_every == 0 or step in (1, steps)  # a look waits for the device
         if look and not record["loss"].isfinite().all():
-            refuse(f"step {step}: a loss is not finite; is the learning rate {peak_lr} too large?")
+            refuse(f"by step {step} a loss is not finite; is learning rate {peak_lr} too large?")
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         yield step, steps, record | {"grad_norm": grad_norm, "lr": lr}, pair_ids
@@ -376,7 +382,8 @@ def parse_args(argv):
     parser.error = lambda message: refuse(f"{message}; see --help")
     flags = {setting.name: "--" + setting.name.replace("_", "-") for setting in fields(Config)}
     for setting in fields(Config):
-        defaults = f"{getattr(TOY, setting.name)}; with --data {getattr(REAL, setting.name)}"
+        toy, real = (getattr(preset, setting.name) for preset in (TOY, REAL))
+        defaults = f"{toy}; with --data {real}".replace("None", "the loss's own")
         help = f"{setting.metadata['help']} (default: {defaults})"
         typed = {"type": setting.type, "choices": setting.metadata["choices"]}
         kind = {"action": argparse.BooleanOptionalAction} if setting.type is bool else typed
@@ -405,16 +412,21 @@ def parse_args(argv):
 
 
 def resolve_loss(config, given):
-    """Fill in the loss's own defaults; try it on two pairs, so that it fails now, not after SFT."""
-    logps, lengths = torch.full((2, 2), -1.0, requires_grad=True), torch.ones(2, 2)
+    """Try the loss, so that it fails now and not after SFT; fill in its own defaults."""
     try:
         loss = load_loss(config.loss)
-        losses = call_loss(loss, config, logps, logps.detach(), lengths)
-        if losses.shape != (2,) or not losses.requires_grad:
-            raise ValueError(f"must return (B,) losses that carry a gradient, not {losses}")
-    except Exception as error:  # whatever a student's file does
-        there = f"there are {', '.join(dpo.LOSSES)} and file.py:function"
-        refuse(f"--loss {config.loss}: {error!r}; {there}".replace("\n", " "))
+        for B in (2, 3):
+            logps = torch.full((2, B), -1.0, requires_grad=True)
+            losses = call_loss(loss, config, logps, logps.detach(), torch.ones(2, B))
+            if losses.shape != (B,):
+                raise ValueError(f"must return one loss for each pair, (B,), not {losses}")
+            (grad,) = torch.autograd.grad(losses.sum(), logps)
+            if not (losses.isfinite() & grad.isfinite()).all():
+                raise ValueError("loss or gradient not finite where policy == reference")
+    except (Exception, SystemExit) as error:  # whatever a student's file does
+        if isinstance(error, data.InputError):
+            raise
+        refuse(f"--loss {config.loss}: {type(error).__name__}, {error}".replace("\n", " "))
     named = inspect.signature(loss).parameters
     for name in SETTINGS:
         if name in given and name not in named:

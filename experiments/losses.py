@@ -27,6 +27,7 @@ def simpo_loss(
     gamma is the margin itself, not its ratio to beta. ValueError unless beta > 0.
     """
     dpo.check_settings(beta)
+    dpo.check_shapes(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths)
     chosen = policy_chosen_logps / chosen_lengths
     rejected = policy_rejected_logps / rejected_lengths
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
@@ -47,6 +48,7 @@ def orpo_loss(
     Odds are p / (1 - p) with log p the mean over tokens. (The sign of their gradient, Eq. 8, is
     a misprint: the loss falls along +delta h.)
     """
+    dpo.check_shapes(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths)
     chosen = policy_chosen_logps / chosen_lengths
     rejected = policy_rejected_logps / rejected_lengths
     return -chosen - alpha * F.logsigmoid(log_odds(chosen) - log_odds(rejected))
@@ -86,4 +88,5 @@ def unlikelihood_loss(
     DPO's two pushes without its weight and its reference. Unbounded below unless alpha is small;
     alpha = 0 is Preferred-FT, SFT on the chosen answers.
     """
+    dpo.check_shapes(policy_chosen_logps, policy_rejected_logps)
     return -policy_chosen_logps + alpha * policy_rejected_logps

@@ -11,16 +11,22 @@ survives that is not explained in SURVIVORS.
 
 import argparse
 import ast
-import concurrent.futures
+import contextlib
 import copy
+import functools
+import multiprocessing
 import os
-import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import matplotlib.figure  # noqa: F401  what the code under test imports, once for all runs
+import pytest
+import tiktoken  # noqa: F401
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = [
@@ -99,7 +105,7 @@ PLANTED = [
     ("Eq. 3 reward under the reference", "dpo.py", "(policy_logps.exp() * rewards)",
      "(ref_logps.exp() * rewards)"),
     ("KL of probability 0 is NaN", "dpo.py",
-     "torch.where(probs > 0, probs * (logps - other_logps), 0).sum(-1)",
+     "(probs * torch.where(probs > 0, logps - other_logps, 0)).sum(-1)",
      "(probs * (logps - other_logps)).sum(-1)"),
     ("Eq. 4 beta multiplies", "dpo.py", "ref_logps + rewards / beta", "ref_logps + rewards * beta"),
     ("Eq. 4 without the reference", "dpo.py", "ref_logps + rewards / beta", "rewards / beta"),
@@ -335,8 +341,7 @@ def generated():
         starts = [sum(map(len, lines[:i])) for i in range(len(lines))]
         whole = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
         whole = [node for node in whole if functions is None or node.name in functions]
-        silent = {id(part) for node in ast.walk(ast.parse("")) for part in ast.walk(node)}
-        seen = set()
+        silent, seen = set(), set()
         for function in whole:
             for node in ast.walk(function):
                 if isinstance(node, (ast.JoinedStr, ast.Raise)):  # what a message says
@@ -370,31 +375,41 @@ def generated():
 # Running
 
 
-def run(mutant, folder):
-    """(name, which test caught it or "") for one bug, in a copy of folder/clean."""
+class FirstFailure:
+    """A pytest plugin that remembers which test failed first."""
+
+    name = ""
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.name = self.name or report.nodeid
+
+    pytest_collectreport = pytest_runtest_logreport
+
+
+def run(mutant, clean):
+    """(name, which test caught it or "") for one bug, in a copy of the code. Runs in a process of
+    its own, forked from this one with torch already imported."""
     name, file, old, new = mutant[:4]
-    with tempfile.TemporaryDirectory(dir=folder) as planted:
-        shutil.copytree(folder / "clean", planted, dirs_exist_ok=True)
-        text = (folder / "clean" / file).read_text()
+    with tempfile.TemporaryDirectory() as planted:
+        shutil.copytree(clean, planted, dirs_exist_ok=True)
+        text = (Path(clean) / file).read_text()
         if old is not None:
             assert old in text, f"{name}: the line to change is not there any more"
             new = text.replace(old, new, 1)
         compile(new, file, "exec")  # a bug that is no Python would be caught by anything
         (Path(planted) / file).write_text(new)
-        return name, first_failure(planted)
-
-
-def first_failure(folder):
-    """The first test that fails in a copy of the code, "" if all pass."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    kept = {"capture_output": True, "text": True, "timeout": 300}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS]
-    try:
-        done = subprocess.run(command, cwd=folder, env=env, **kept)
-    except subprocess.TimeoutExpired:
-        return "takes for ever"
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
-    return failed[1] if failed else "" if done.returncode == 0 else "no test can start"
+        os.chdir(planted)
+        signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError))
+        signal.alarm(200)  # some bugs never end
+        first = FirstFailure()
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            about = Path(file).stem  # its own tests first
+            tests = sorted(TESTS, key=lambda path: about not in path)
+            status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], [first])
+        signal.alarm(0)
+        os.chdir("/")
+        return name, first.name or ("" if status == 0 else "no test can start")
 
 
 def main():
@@ -405,15 +420,17 @@ def main():
     args = parser.parse_args()
     mutants = [m for m in (generated() if args.generated else PLANTED) if args.only in m[0]]
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+    with tempfile.TemporaryDirectory() as clean:
         for item in (*FILES, *TESTS, "experiments/__init__.py", "tests/conftest.py"):
-            (folder / "clean" / item).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / item, folder / "clean" / item)
-        failed = first_failure(folder / "clean")
+            (Path(clean) / item).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / item, Path(clean) / item)
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+        pool = multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1)
+        nothing = ("no bug", "dpo.py", "", "")
+        (_, failed), start = pool.apply(run, (nothing, clean)), time.time()
         assert not failed, f"without any bug {failed} fails"
-        start, pool = time.time(), concurrent.futures.ThreadPoolExecutor(args.jobs)
-        for row in pool.map(lambda mutant: run(mutant, folder), mutants):
+        for row in pool.imap(functools.partial(run, clean=clean), mutants):
             rows.append(row)
             left = (time.time() - start) / len(rows) * (len(mutants) - len(rows))
             line = f"{len(rows)}/{len(mutants)}  {left:.0f} s left  {row[0]}"

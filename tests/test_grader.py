@@ -20,6 +20,29 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_r
     with no_grad():
         return DPOLoss(losses, 1 / (1 + exp(r_w - r_l)), r_w.detach(), r_l.detach())
 
+def dpo_gradient(w, l, ref_w, ref_l, beta=0.1):
+    weights = dpo_loss(w, l, ref_w, ref_l, beta).weights
+    return -beta * weights, weights * beta
+
+def optimal_policy(ref_logps, rewards, beta):
+    Z = (ref_logps.exp() * (rewards / beta).exp()).sum(-1)
+    return ref_logps + rewards / beta - log(Z)[..., None], log(Z)
+
+def implicit_reward(policy_logps, ref_logps, beta):
+    assert policy_logps.shape == ref_logps.shape
+    return (policy_logps - ref_logps) * beta
+
+def sequence_logps(logits, ids, mask):
+    logps = logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    sums = logps.masked_fill(~mask[:, 1:], 0).sum(-1)
+    return sums.to(torch.promote_types(logits.dtype, torch.float32))
+
+def plackett_luce_logps(rewards):
+    return sum(rewards[..., k] - rewards[..., k:].logsumexp(-1) for k in range(rewards.shape[-1]))
+
+def plackett_luce_loss(policy_logps, ref_logps, beta=0.1):
+    return -plackett_luce_logps(implicit_reward(policy_logps, ref_logps, beta))
+
 def my_loss(*logps, beta=0.1):
     m = reward_margins(*logps, beta=beta)
     return DPOLoss(exp(-m), exp(-m).detach(), None, None)
@@ -28,7 +51,24 @@ LOSSES["my_loss"] = my_loss
 """
 WRONG = {
     "r_l - r_w": ("r_w - r_l", "the sign of the margin is inverted", "test_dpo.py", "eq7"),
-    "beta * (policy_chosen_logps": ("(policy_chosen_logps", "Eq. 7", "test_dpo.py", "eq7"),
+    "(policy_chosen_logps - ref": ("(policy_chosen_logps + ref", "Eq. 7", "test_dpo.py", "eq7"),
+    "-beta * weights, weights": (
+        "beta * weights, -weights",
+        "descent must",
+        "test_dpo.py",
+        "gradient",
+    ),
+    "log(Z)[..., None], log(Z)": ("log(Z)[..., None], Z", "not its log", "test_dpo.py", "eq4_opt"),
+    "- log(Z)[..., None]": ("", "the policy sums to 1", "test_dpo.py", "eq4_opt"),
+    "(policy_logps - ref_logps)": ("policy_logps", "reference is left out", "test_dpo.py", "eq5"),
+    "logits[:, :-1]": (
+        "logits[:, 1:]",
+        "logits are not shifted",
+        "tests/test_logps.py",
+        "sequence",
+    ),
+    "~mask[:, 1:]": ("~mask[:, :-1]", "mask is not shifted", "tests/test_logps.py", "sequence"),
+    "rewards[..., k:].log": ("rewards[..., :k + 1].log", "j <= k", "test_dpo.py", "eq18"),
     "exp(r_w - r_l)": ("exp(r_l - r_w)", "as A.4 misprints it", "test_dpo.py", "eq7"),
     "r_w.detach()": ("r_w", "only losses carry a gradient", "test_dpo.py", "eq7"),
     "exp(-m), exp(-m)": ("exp(m), exp(m)", "nothing is learnt", "tests/test_losses.py", "convex"),
@@ -45,10 +85,16 @@ def grade(root, folder, source, path, words):
 
 
 def test_a_right_solution_passes(root, tmp_path):
-    for path, words in (("test_dpo.py", ""), ("tests/test_losses.py", "convex")):
+    paths = "test_dpo.py", "tests/test_logps.py", "tests/test_losses.py"
+    for path, words in zip(paths, ("", "sequence", "convex")):
         status, printed = grade(root, tmp_path, RIGHT, path, words)
         assert status == 0, printed
     assert "6 passed" in printed, "the five of dpo.LOSSES and my_loss"
+
+
+def test_a_file_with_nothing_of_its_own_is_not_graded(root, tmp_path):
+    status, printed = grade(root, tmp_path, "from dpo import *", "test_dpo.py", "eq7")
+    assert status != 0 and "defines nothing of its own" in printed
 
 
 @pytest.mark.parametrize("right", WRONG)

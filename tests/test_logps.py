@@ -11,16 +11,9 @@ import torch
 import data
 from model import GPT, GPTConfig
 from test_dpo import dpo, expect
+from test_dpo import gpt as tiny_gpt
 
 V, END = 5, 0  # the end token is id 0, which is what collate pads with: pad id == end id
-
-
-def tiny_gpt(seed):
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(vocab_size=V, n_positions=12, n_embd=16, n_layer=2, n_head=2)).double()
-    for parameter in model.parameters():  # far from the small initialisation, biases included
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    return model
 
 
 ROWS = [  # prompts and answers of different lengths; answers that are the end token alone
@@ -44,10 +37,20 @@ def two_rows(model, rows, side):
     """The plain way: a padded row for each answer, then dpo.sequence_logps."""
     texts = [row.prompt + getattr(row, side) for row in rows]
     ids = torch.tensor([text + [END] * (12 - len(text)) for text in texts])
-    mask = torch.zeros_like(ids)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
     for i, row in enumerate(rows):
         mask[i, len(row.prompt) : len(texts[i])] = 1
     return dpo.sequence_logps(model(ids), ids, mask)
+
+
+def unshifted(model, side):
+    """The classic mistake: the logits at t, which predict token t + 1, score token t itself."""
+    sums = []
+    for row in ROWS:
+        ids = torch.tensor(row.prompt + getattr(row, side))
+        logps = model(ids[None])[0].log_softmax(-1)
+        sums.append(sum(logps[t, ids[t]] for t in range(len(row.prompt), len(ids))))
+    return torch.stack(sums)
 
 
 def test_sequence_logps_is_the_slow_sum():
@@ -68,6 +71,7 @@ def test_sequence_logps_is_the_slow_sum():
             "the prompt is counted": slow(lambda x, y: (x[:1], x[1:] + y)),
             "the end token is not counted": slow(lambda x, y: (x, y[:-1])),
             "it is a mean over tokens": wanted / lengths,
+            "the logits are not shifted: those at t score token t": unshifted(model, side),
         }
         why = f"log pi(y|x), {side}: logits at t predict token t + 1; sum the answer's tokens only"
         expect(two_rows(model, ROWS, side), wanted, why, mistakes=mistakes)
@@ -76,15 +80,17 @@ def test_sequence_logps_is_the_slow_sum():
 def test_sequence_logps_ignores_what_is_masked():
     logits = torch.zeros(1, 3, V)
     logits[0, 0, 1] = -torch.inf  # the prompt's second token is impossible, and nobody asks
-    logps = dpo.sequence_logps(logits, torch.tensor([[2, 1, 4]]), torch.tensor([[0, 0, 1]]))
+    logps = dpo.sequence_logps(
+        logits, torch.tensor([[2, 1, 4]]), torch.tensor([[False, False, True]])
+    )
     assert not logps.isnan(), "a masked -inf must not turn into NaN: use where, not *"
     expect(logps, [-math.log(V)], "one answer token out of 5 equally likely ones", 1e-6)
 
 
-def test_bfloat16_logits_are_summed_in_float32():
+def test_sequence_logps_of_bfloat16_are_summed_in_float32():
     torch.manual_seed(0)
     logits, ids = 5 * torch.randn(2, 400, 50).bfloat16(), torch.randint(50, (2, 400))
-    mask = torch.ones_like(ids)
+    mask = torch.ones_like(ids, dtype=torch.bool)
     got, exact = (dpo.sequence_logps(x, ids, mask) for x in (logits, logits.double()))
     assert got.dtype == torch.float32, "log-softmax and sums belong in float32 at least"
     expect(got / exact, [1.0, 1.0], "a log-softmax in bfloat16 is off by whole nats", 1e-5)

@@ -12,6 +12,12 @@ from experiments import losses as more
 from test_dpo import BEST, BETA, LABELS, LOSSES, PAIRS, REF, REWARDS, WEIGHTS, I, J
 from test_dpo import descend, dpo, expect, f64
 
+# All pairs of answers, drawn from the reference: the share in which Y1 wins over Y2 (equal pairs
+# kept, so half of it for each order), and S(y), how often y beats a draw from the reference.
+Y1, Y2 = torch.cartesian_prod(torch.arange(27), torch.arange(27)).T
+P_WIN = 1 / (1 + (REWARDS[0, Y2] - REWARDS[0, Y1]).exp())
+DRAWN = REF[0, Y1].exp() * REF[0, Y2].exp() * P_WIN
+S = (P_WIN * REF[0, Y2].exp()).view(27, 27).sum(-1)
 LENGTHS = torch.tensor([[2, 3], [4, 1]], dtype=f64)  # tokens of the chosen and rejected answers
 
 
@@ -62,7 +68,7 @@ def test_the_names_are_these():
 @pytest.mark.parametrize("name", dpo.LOSSES)
 def test_family_is_convex_and_pulls_the_right_way(name):
     """Whatever f a class adds: convex, f'(0) < 0, of the margin alone; `weights`, if any, -f'."""
-    m = torch.linspace(-8, 8, 65, dtype=f64)
+    m = torch.linspace(-8, 8, 65, dtype=f64) + 0.01 * (torch.arange(65) != 32)  # 0, but no kinks
     zero = torch.zeros_like(m)
 
     def f(chosen, rejected=zero, ref_chosen=zero, ref_rejected=zero):
@@ -70,15 +76,17 @@ def test_family_is_convex_and_pulls_the_right_way(name):
         return getattr(result, "losses", result)
 
     values = f(m / BETA)
+    assert values.shape == m.shape, f"{name}: one loss for each pair, (B,), no mean over pairs"
     expect(f(m / BETA + 3, zero + 1, zero + 2), values, f"{name}: a function of the margin alone?")
-    bends = values[2:] - 2 * values[1:-1] + values[:-2]
-    assert (bends > -1e-9).all(), f"{name}: f is not convex, its slope falls somewhere"
+    rises = values.diff() / m.diff()
+    assert (rises.diff() > -1e-9).all(), f"{name}: f is not convex, its slope falls somewhere"
     grads = derivatives(dpo.LOSSES[name], torch.stack([m / BETA, zero, zero, zero]), beta=BETA)
     assert grads[0, 32] < 0, f"{name}: at a tie f'(0) must be negative, or nothing is learnt"
     expect(grads[1], -grads[0], f"{name}: chosen and rejected are pulled equally hard, apart")
     result = dpo.LOSSES[name](m / BETA, zero, zero, zero, beta=BETA)
     if hasattr(result, "weights"):
         expect(result.weights, -grads[0] / BETA, f"{name}: weights must be -f'(m)")
+        assert not result.weights.requires_grad, f"{name}: weights carry no gradient: detach"
 
 
 def test_cdpo_rests_where_the_labels_are_right_often_enough():
@@ -124,18 +132,13 @@ def test_ipo_has_a_finite_target_for_a_sure_label():
 def test_ipo_under_bradley_terry_labels_ends_at_g_over_tau(tau):
     """Eq. 9 and 17 of the IPO paper, pairs drawn from the reference: pi* is ref exp(g / tau) / Z
     with g(y) = P(y beats a draw from the reference). Not pi* of DPO."""
-    ref, mu = REF[0], REF[0].exp()
-    i, j = torch.cartesian_prod(torch.arange(27), torch.arange(27)).T
-    p = 1 / (1 + (REWARDS[0, j] - REWARDS[0, i]).exp())
-    g = (p * mu[j]).view(27, 27).sum(-1)
+    ref = REF[0]
 
     def loss_of(pi):
-        win = dpo.ipo_loss(pi[i], pi[j], ref[i], ref[j], beta=tau)
-        lose = dpo.ipo_loss(pi[j], pi[i], ref[j], ref[i], beta=tau)
-        return (mu[i] * mu[j] * (p * win + (1 - p) * lose)).sum()
+        return (2 * DRAWN * dpo.ipo_loss(pi[Y1], pi[Y2], ref[Y1], ref[Y2], beta=tau)).sum()
 
-    found = descend(loss_of, ref)
-    expect(found, (ref + g / tau).log_softmax(-1), "ipo: its optimum is ref exp(g / tau) / Z", 1e-8)
+    wanted = (ref + S / tau).log_softmax(-1)
+    expect(descend(loss_of, ref), wanted, "ipo: its optimum is ref exp(g / tau) / Z", 1e-8)
 
 
 def test_cdpo_on_all_pairs_ends_beside_the_optimum_of_dpo():
@@ -212,12 +215,8 @@ def test_dpop_by_hand():
 
 
 def unlikelihood_of(pi, alpha):
-    """Over pairs drawn from the reference with Bradley-Terry labels, equal pairs kept; and s(y)."""
-    mu = REF[0].exp()
-    i, j = torch.cartesian_prod(torch.arange(27), torch.arange(27)).T
-    p = 1 / (1 + (REWARDS[0, j] - REWARDS[0, i]).exp())  # either order comes up, so half of each
-    loss = more.unlikelihood_loss(pi[i], pi[j], REF[0, i], REF[0, j], alpha=alpha)
-    return (2 * mu[i] * mu[j] * p * loss).sum(), (p * mu[j]).view(27, 27).sum(-1)
+    loss = more.unlikelihood_loss(pi[Y1], pi[Y2], REF[0, Y1], REF[0, Y2], alpha=alpha)
+    return (2 * DRAWN * loss).sum()
 
 
 def test_unlikelihood_by_hand():
@@ -232,23 +231,21 @@ def test_unlikelihood_by_hand():
 def test_unlikelihood_has_an_optimum_below_its_threshold(share):
     """pi = 2 ref (s - alpha (1 - s)) / (1 - alpha) up to alpha = min s / (1 - s); alpha = 0 is
     Preferred-FT: section 4's reference where there is no SFT model, the winners' frequencies."""
-    _, s = unlikelihood_of(REF[0], 0.0)
-    alpha = share * (s / (1 - s)).min()
-    optimum = 2 * REF[0].exp() * (s - alpha * (1 - s)) / (1 - alpha)
+    alpha = share * (S / (1 - S)).min()
+    optimum = 2 * REF[0].exp() * (S - alpha * (1 - S)) / (1 - alpha)
     expect(optimum.sum(), 1.0, "this test's closed form")
-    found = descend(lambda pi: unlikelihood_of(pi, alpha)[0], REF[0])
+    found = descend(lambda pi: unlikelihood_of(pi, alpha), REF[0])
     expect(found, optimum.log(), "unlikelihood: its optimum below the threshold", 1e-7)
 
 
 def test_unlikelihood_is_unbounded_above_its_threshold():
     """Take the worst answer's mass away, and the loss falls for ever: Table 3 in numbers."""
-    _, s = unlikelihood_of(REF[0], 0.0)
-    threshold = (s / (1 - s)).min()
+    threshold = (S / (1 - S)).min()
 
     def without_the_worst(logp, alpha):
         pi = REF[0].clone()
-        pi[s.argmin()] = logp
-        return unlikelihood_of(pi.log_softmax(-1), alpha)[0]
+        pi[S.argmin()] = logp
+        return unlikelihood_of(pi.log_softmax(-1), alpha)
 
     for alpha in (1.1 * threshold, 1.0):
         far, farther = (without_the_worst(logp, alpha) for logp in (-1e3, -1e6))
@@ -281,17 +278,40 @@ def test_shapes_that_would_broadcast_are_refused():
         for bad in (one_wrong, [x[:, None] for x in PAIRS]):
             with pytest.raises(AssertionError):
                 function(*bad, beta=0.5)
+    for loss in (more.unlikelihood_loss, more.dpop_loss):
+        with pytest.raises(AssertionError):
+            loss(*PAIRS[:1], PAIRS[1][:, None], *PAIRS[2:])
+    for loss in (more.simpo_loss, more.orpo_loss):
+        with pytest.raises(AssertionError):
+            loss(*PAIRS, LENGTHS[0], LENGTHS[1][:, None])
     with pytest.raises(AssertionError):
         dpo.reward_model_loss(PAIRS[0], PAIRS[1][:, None])
     with pytest.raises(AssertionError):
         dpo.implicit_reward(PAIRS[0], PAIRS[1][:, None], 0.5)
-    with pytest.raises(AssertionError):
-        dpo.plackett_luce_loss(torch.zeros(2, 3), torch.zeros(1, 3))
+    for shapes in (((2, 3), (1, 3)), ((3,), (3,))):
+        with pytest.raises(AssertionError):
+            dpo.plackett_luce_loss(*map(torch.zeros, shapes))
     with pytest.raises(AssertionError):
         dpo.sequence_logps(torch.zeros(2, 3, 5), torch.zeros(2, 3).long(), torch.ones(1, 3))
 
 
-def test_default_beta_is_the_papers():
+def test_the_last_dimension_lists_the_answers():
+    """(..., Y): one prompt alone, and prompts in two dimensions, give what a table gives."""
+    best, log_Z = dpo.optimal_policy(REF, REWARDS, BETA)
+    J = dpo.rlhf_objective(best, REF, REWARDS, BETA)
+    ranking = dpo.plackett_luce_logps(REWARDS[:, :4])
+    for shape in ((27,), (1, 1, 27)):
+        ref, rewards = REF[0].view(shape), REWARDS[0].view(shape)
+        found, normaliser = dpo.optimal_policy(ref, rewards, BETA)
+        expect(found, best[0].view(shape), "Eq. 4 along the last dimension")
+        expect(normaliser, log_Z[0].view(shape[:-1]), "log Z(x): one for each prompt")
+        got = dpo.rlhf_objective(found, ref, rewards, BETA)
+        expect(got, J[0].view(shape[:-1]), "Eq. 3: one for each prompt")
+        got = dpo.plackett_luce_logps(rewards[..., :4])
+        expect(got, ranking[0].view(shape[:-1]), "Eq. 18: one for each ranking")
+
+
+def test_defaults():
     """0.1, in appendix B; and a log-ratio of 10 against 0 is then a margin of 1."""
     ten, zero = torch.tensor([10.0], dtype=f64), torch.zeros(1, dtype=f64)
     expect(dpo.dpo_gradient(ten, zero, zero, zero)[0], [-0.1 * WEIGHTS[0]], "default beta 0.1")
@@ -301,6 +321,15 @@ def test_default_beta_is_the_papers():
     expect(dpo.ipo_loss(zero, zero, zero, zero), [25.0], "default beta 0.1")
     expect(dpo.cdpo_loss(ten, zero, zero, zero), [LOSSES[0] + 0.1], "default epsilon 0.1")
     expect(dpo.robust_loss(ten, zero, zero, zero), [LOSSES[0] - 0.125], "default epsilon 0.1")
+    expect(dpo.describe(ten, zero, zero, zero)["margin"], [1.0], "default beta 0.1")
+    one = torch.ones(1, dtype=f64)
+    simpo = more.simpo_loss(ten, zero, zero, zero, one, one)
+    expect(simpo, [math.log1p(math.exp(-19))], "simpo: defaults beta 2, gamma 1")
+    orpo = more.orpo_loss(-one, -one, zero, zero, one, one)
+    expect(orpo, [1 + 0.1 * math.log(2)], "orpo: default alpha 0.1")
+    dpop = more.dpop_loss(-one, -one, zero, zero)
+    expect(dpop, [math.log1p(math.exp(5))], "dpop: defaults beta 0.1, alpha 50")
+    expect(more.unlikelihood_loss(-ten, -ten, zero, zero), [0.0], "unlikelihood: default alpha 1")
 
 
 @pytest.mark.parametrize("beta", [0.0, -0.1, math.nan])
@@ -309,7 +338,7 @@ def test_beta_must_be_positive_everywhere(beta):
     for function in (dpo.optimal_policy, dpo.plackett_luce_loss, dpo.implicit_reward):
         with pytest.raises(ValueError, match="beta"):
             function(zeros, zeros, beta)
-    for loss in (*dpo.LOSSES.values(), more.dpop_loss):
+    for loss in (*dpo.LOSSES.values(), more.dpop_loss, dpo.dpo_gradient):
         with pytest.raises(ValueError, match="beta"):
             loss(*PAIRS, beta=beta)
 

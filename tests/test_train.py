@@ -299,6 +299,10 @@ def test_reference_logps_belong_to_their_pair():
 MINE = """
 def f(a, b, c, d): return (b - a).mean()
 def detached(a, b, c, d): return (b - a).detach()
+def two(a, b, c, d): return (b - a) * a.new_tensor([1, 2])
+def of_the_reference(a, b, c, d): return c.requires_grad_() - d
+def infinite(a, b, c, d): return (b - a) / 0
+def kinked(a, b, c, d): return (a - b - c + d).square().sqrt()
 def needs_delta(a, b, c, d, delta): return b - a
 def raises(a, b, c, d): raise RuntimeError("oh\\ndear")
 def no_beta(a, b, c, d): return b - a
@@ -315,11 +319,19 @@ BAD = [
     (["--data", "good.jsonl", "--init", "nowhere", "--tokenizer", "bytes"], "nowhere"),
     (["--data", "good.jsonl", "--pairs", "10"], "--pairs"),
     (["--data", "good.jsonl", "--block-size", "2"], "no pair fits"),
-    (["--loss", "nonsense"], "there are dpo, cdpo, robust, ipo, hinge and file.py:function"),
+    (["--loss", "nonsense"], "there are dpo, cdpo, robust, ipo, hinge, or file.py:function"),
+    (["--loss", "mine.py"], "or file.py:function"),
+    (["--loss", "mine:f"], "or file.py:function"),
     (["--loss", "nowhere.py:f"], "nowhere"),
     (["--loss", "mine.py:g"], "no attribute 'g'"),
-    (["--loss", "mine.py:f"], "must return (B,) losses that carry a gradient"),
-    (["--loss", "mine.py:detached"], "must return (B,) losses that carry a gradient"),
+    (["--loss", "mine.py:f"], "one loss for each pair"),
+    (["--loss", "mine.py:two"], "mine.py:two: RuntimeError"),
+    (["--loss", "mine.py:detached"], "does not require grad"),
+    (["--loss", "mine.py:of_the_reference"], "not have been used"),
+    (["--loss", "mine.py:infinite"], "not finite where policy == reference"),
+    (["--loss", "mine.py:kinked"], "not finite where policy == reference"),
+    (["--loss", "exits.py:f"], "SystemExit"),
+    (["--loss", "model.py:f"], "this file, not ours"),
     (["--loss", "mine.py:needs_delta"], "delta"),
     (["--loss", "mine.py:raises"], "oh"),
     (["--loss", "torn.py:f"], "SyntaxError"),
@@ -360,6 +372,8 @@ def test_bad_input_is_one_line(flags, says, tmp_path, monkeypatch, capsys):
         "one.jsonl": good,
         "mine.py": MINE,
         "torn.py": "def f(:",
+        "exits.py": "raise SystemExit(0)",
+        "model.py": "raise ValueError('this file, not ours')",
     }.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "out").mkdir()
@@ -413,7 +427,7 @@ def test_every_loss_trains(loss, root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(root)
     flags = ["--loss", loss, *LOSS_FLAGS[loss], "--out", str(tmp_path)]
     summary = train.main([*QUICK[:4], "--sft-epochs", "1", "--epochs", "4", *flags])
-    name = loss.split(":")[-1]
+    name = loss if ":" not in loss else "policy"
     assert list(summary["rows"]) == ["reference", name, "optimum"]
     assert summary["rows"][name]["pair_accuracy"] > 0.53
     printed = capsys.readouterr().out.split("\n")[0].split()
@@ -455,24 +469,36 @@ def test_a_loss_brings_its_own_defaults(tmp_path):
         assert (config.beta, config.gamma, config.epsilon) == (beta, gamma, epsilon), flags
 
 
-def test_soft_labels_mix_both_orders(monkeypatch, tmp_path):
-    """p f(chosen, rejected) + (1 - p) f(rejected, chosen), with the p of the pair."""
+@pytest.mark.parametrize("loss", ["dpo", "experiments/losses.py:simpo_loss"])
+def test_soft_labels_mix_both_orders(loss, root, monkeypatch, tmp_path):
+    """p f(chosen, rejected) + (1 - p) f(rejected, chosen), with the p and lengths of the pair."""
     kept = []
+    monkeypatch.chdir(root)
     monkeypatch.setattr(train, "updates", lambda m, rows, f, *_: kept.append(f) or iter(()))
-    config = dataclasses.replace(train.TOY, labels="soft", beta=0.5, out=str(tmp_path))
+    settings = {"loss": loss, "labels": "soft", "beta": 0.5, "gamma": 0.3, "out": str(tmp_path)}
+    config = dataclasses.replace(train.TOY, **settings)
     p = torch.tensor([0.9, 0.2, 0.6])
     ref = torch.tensor([[-3.0, -1.0, -4.0], [-2.0, -5.0, -1.0]])
-    rows = [data.TokenPair([1], [1], [1])] * 3
+    rows = [data.TokenPair([1], [1] * n, [1] * m) for n, m in ((1, 2), (3, 3), (2, 4))]
     task = SimpleNamespace(p=p, rows=rows, evaluate=lambda model: {})
     train.train_dpo(SimpleNamespace(device="cpu"), task, ref, config)
-    ids, chosen, rejected = (
-        torch.tensor([2, 0]),
-        torch.tensor([-1.0, -2.0]),
-        torch.tensor([-3.0, -1.0]),
+    ids, w, l = torch.tensor([2, 0]), torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -1.0])
+    if loss == "dpo":
+        margin = 0.5 * ((w - ref[0, ids]) - (l - ref[1, ids]))
+        wins, loses = (1 + (-margin).exp()).log(), (1 + margin.exp()).log()
+    else:  # lengths 2 and 4, then 1 and 2
+        margin = 0.5 * (w / torch.tensor([2.0, 1.0]) - l / torch.tensor([4.0, 2.0]))
+        wins, loses = (1 + (0.3 - margin).exp()).log(), (1 + (0.3 + margin).exp()).log()
+    wanted = p[ids] * wins + (1 - p[ids]) * loses
+    torch.testing.assert_close(kept[0](w, l, ids), wanted)
+
+
+def test_no_gap_to_close_is_no_division_by_0(tmp_path):
+    """beta so large that the optimum is the reference itself."""
+    summary = train.main(
+        [*QUICK[:6], "--sft-epochs", "1", "--beta", "1e30", "--out", str(tmp_path)]
     )
-    margin = 0.5 * ((chosen - ref[0, ids]) - (rejected - ref[1, ids]))
-    wanted = p[ids] * (1 + (-margin).exp()).log() + (1 - p[ids]) * (1 + margin.exp()).log()
-    torch.testing.assert_close(kept[0](chosen, rejected, ids), wanted)
+    assert summary["gap_closed"] is None
 
 
 def test_pair_accuracy_by_hand():
