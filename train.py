@@ -201,7 +201,7 @@ def train_sft(model, rows, config):
 
 
 def train_dpo(model, task, ref_logps, config):
-    """Minimise Eq. 7, or another loss of the four sums; returns the lines of metrics.jsonl."""
+    """Minimise Eq. 7 or another loss; returns what was measured: step 0, then metrics.jsonl."""
     loss = load_loss(config.loss)
     lengths = torch.tensor([[len(row.chosen), len(row.rejected)] for row in task.rows])
     lengths = lengths.T.to(model.device)  # (2, n)

@@ -304,7 +304,8 @@ def changes(node):
     """Every small change to this node, as source text in its place."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         yield repr(node.value + 1)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not)):
+    signed = isinstance(node, ast.UnaryOp) and not isinstance(node.operand, ast.Constant)
+    if signed and isinstance(node.op, (ast.USub, ast.Not)):
         yield f"({ast.unparse(node.operand)})"
     if isinstance(node, ast.IfExp):
         yield f"({ast.unparse(ast.IfExp(node.test, node.orelse, node.body))})"
@@ -318,7 +319,13 @@ def changes(node):
     if isinstance(node, ast.Call):
         if isinstance(node.func, ast.Attribute) and node.func.attr in ("detach", "double", "float"):
             yield ast.unparse(node.func.value)
-        if len(node.args) > 1 and not any(isinstance(arg, ast.Starred) for arg in node.args[:2]):
+        symmetric = ast.unparse(node.func).split(".")[-1] in (
+            "check_shapes",
+            "promote_types",
+            "max",
+        )
+        starred = any(isinstance(arg, ast.Starred) for arg in node.args[:2])
+        if len(node.args) > 1 and not starred and not symmetric:
             other = copy.deepcopy(node)
             other.args[:2] = other.args[1::-1]
             yield ast.unparse(other)
@@ -328,6 +335,10 @@ def changes(node):
             yield ast.unparse(other)
     if isinstance(node, (ast.Expr, ast.AugAssign)) and not is_text(node):
         yield "pass"
+
+
+def is_warning(node):
+    return isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "progress")
 
 
 def is_text(node):
@@ -344,7 +355,7 @@ def generated():
         silent, seen = set(), set()
         for function in whole:
             for node in ast.walk(function):
-                if isinstance(node, (ast.JoinedStr, ast.Raise)):  # what a message says
+                if isinstance(node, (ast.JoinedStr, ast.Raise)) or is_warning(node):  # a message
                     silent |= {id(part) for part in ast.walk(node)}
                 if isinstance(node, ast.Assert) and node.msg:
                     silent |= {id(part) for part in ast.walk(node.msg)}
