@@ -360,13 +360,8 @@ def generated():
                 if isinstance(node, ast.Assert) and node.msg:
                     silent |= {id(part) for part in ast.walk(node.msg)}
             if any("no_grad" in ast.unparse(mark) for mark in function.decorator_list):
-                yield (
-                    f"{file} {function.name}: no_grad removed",
-                    file,
-                    "@torch.no_grad()\n",
-                    "",
-                    function,
-                )
+                name = f"{file} {function.name}: no_grad removed"
+                yield name, file, "@torch.no_grad()", "@torch.enable_grad()"
             for node in ast.walk(function):
                 if id(node) in silent or not hasattr(node, "end_lineno"):
                     continue
@@ -401,7 +396,7 @@ class FirstFailure:
 def run(mutant, clean):
     """(name, which test caught it or "") for one bug, in a copy of the code. Runs in a process of
     its own, forked from this one with torch already imported."""
-    name, file, old, new = mutant[:4]
+    name, file, old, new = mutant
     with tempfile.TemporaryDirectory() as planted:
         shutil.copytree(clean, planted, dirs_exist_ok=True)
         text = (Path(clean) / file).read_text()
@@ -469,7 +464,18 @@ def explained(name):
     return next((why for text, why in SURVIVORS.items() if text in name), "")
 
 
-SURVIVORS = {}
+SURVIVORS = {
+    "kl_divergence: 0 -> 1": "it is multiplied by a probability of 0",
+    "coin > p -> (coin >= p)": "equal with probability 0",
+    "margins < 0 -> (margins <= 0)": "between equally good answers either may win",
+    "torch.zeros(1, dtype=torch.float64) -> torch.zeros(1)": "float32 0 plus float64 is float64",
+    "transpose(1, 2) -> ": "exchanging two dimensions has no order",
+    "torch.arange(ids.shape[1], device": "the CPU is the only device of these tests",
+    "torch.zeros(B, 1, dtype=torch.bool, device=ids.device) -> torch.zeros(B, 1, dt": "as above",
+    "torch.arange(1, B + 1, device=ids.device) -> ": "as above",
+    "generate: no_grad removed": "only memory: drawn tokens carry no gradient",
+    ".float() -> self(context, score_at=last)": "the model of these tests is float32 already",
+}
 
 if __name__ == "__main__":
     main()

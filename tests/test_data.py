@@ -1,5 +1,6 @@
 """Reading pairs, encoding them, the pair row, the order of batches, and the toy world."""
 
+import copy
 import json
 import math
 import warnings
@@ -252,6 +253,10 @@ def test_pairs_come_from_the_policy_and_the_seed():
     one = world.draw_pairs(logps, 1, "hard", torch.Generator().manual_seed(0))
     assert len(one.p) == 1, "a prompt that no pair falls to is no problem"
     assert set(draws[0].prompt.tolist()) == {0, 1}
+    logps[1] = logps[1].roll(50)  # each prompt has its own distribution
+    drawn = world.draw_pairs(logps, 100, "hard", torch.Generator().manual_seed(0))
+    for x, answers in ((0, {3, 7}), (1, {53, 57})):
+        assert set(drawn.chosen[drawn.prompt == x].tolist()) <= answers
     i = (draws[0].chosen != draws[0].rejected).nonzero()[0].item()
     x, y, z = (part[i] for part in draws[0][:3])
     wanted = Pair(world.prompts[x], world.answers[y], world.answers[z])
@@ -268,6 +273,9 @@ def test_toy_world_enumeration_is_exact():
     logps = world.logps(model)
     assert logps.shape == (2, 1111), "1 + 10 + 100 + 1000 answers of up to 3 words to 2 prompts"
     expect(logps.exp().sum(-1), [1.0, 1.0], "the listed answers are all there is")
+    low = world.logps(copy.deepcopy(model).float())
+    expect(low.exp().sum(-1), [1.0, 1.0], "softmax and sums in float64 whatever the model is")
+    assert not low.requires_grad
     pairs = [Pair(x, y, y) for x in world.prompts for y in world.answers]
     rows = encode_pairs(pairs, world.tokenizer, 8, world.K)
     chosen, rejected = dpo.response_logps(model, collate(rows, range(len(rows))))

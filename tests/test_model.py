@@ -61,6 +61,7 @@ def test_samples_follow_the_policy(model):
 
 def test_nothing_follows_the_stop_token(model):
     drawn = model.generate(torch.tensor([[1]]).expand(200, -1), 8, stop_token=4)[:, 1:]
+    assert drawn.shape == (200, 8)
     for row in drawn.tolist():
         if 4 in row:
             assert set(row[row.index(4) :]) == {4}
