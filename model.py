@@ -95,14 +95,19 @@ class GPT(nn.Module):
         answer's restart where the prompt ends; mask (B, T, T), True where i may look at j; and
         score_at (N,), places in the flattened (B * T), which alone get logits: (N, V).
         """
+        x = self.hidden(ids, positions, mask)
+        if score_at is not None:
+            x = x.flatten(0, 1)[score_at]  # (N, C): the big product below only where it is needed
+        return self.ln_f(x) @ self.wte.weight.T  # the head is the embedding, transposed
+
+    def hidden(self, ids, positions=None, mask=None):
+        """All but the last norm and the head: (B, T) -> (B, T, C), for heads of another kind."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)
         x = self.wte(ids) + self.wpe(positions)  # (B, T, C)
         for block in self.h:
             x = block(x, mask)
-        if score_at is not None:
-            x = x.flatten(0, 1)[score_at]  # (N, C): the big product below only where it is needed
-        return self.ln_f(x) @ self.wte.weight.T  # the head is the embedding, transposed
+        return x
 
     @torch.no_grad()
     def generate(

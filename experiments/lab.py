@@ -1,0 +1,233 @@
+"""What the experiments share: the small toy world, training, exact measures, many runs at once.
+
+The small world is so small that a step lists the log-prob of every answer, (P, Y), and reads the
+sums of its pairs off that table: the values and gradients of train.py's pair rows (a test says so)
+in less time, and a batch of any size costs the same.
+P = 2 prompts, Y = 1,111 answers, B pairs or answers in a batch.
+"""
+
+import argparse
+import copy
+import csv
+import functools
+import inspect
+import os
+import re
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+import data
+import dpo
+import train
+from model import GPT, GPTConfig
+
+WORLD = data.ToyWorld("small")
+BETA = 1.0  # train.py's in the toy world
+PAIRS, STEPS, BATCH = 100_000, 800, 1024  # of a DPO run: some eight passes over the pairs
+LENGTHS = torch.tensor([min(len(y.split()) + 1, WORLD.K) for y in WORLD.answers])  # in tokens
+SENTENCE = f"( not)?( very)?( {'| '.join(WORLD.opinions)})"
+GRAMMATICAL = torch.tensor([bool(re.fullmatch(SENTENCE, y)) for y in WORLD.answers])  # (Y,)
+
+
+class Table(torch.nn.Module):
+    """A policy that shares no weights: a free logit for every answer, starting at logps (P, Y)."""
+
+    def __init__(self, logps):
+        super().__init__()
+        self.logits = torch.nn.Parameter(logps.clone())
+
+
+def listed(model):
+    """log pi(y|x) of every answer, (P, Y) float64, with its gradient."""
+    if isinstance(model, Table):
+        return model.logits.log_softmax(-1)
+    return inspect.unwrap(data.ToyWorld.logps)(WORLD, model)  # as it is under its no_grad
+
+
+def new_gpt(seed):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(WORLD.W + 1, 8, 32, 1, 4))  # train.py's shape
+
+
+@functools.cache
+def reference(seed):
+    """SFT on the corpus -> (GPT, log pi_ref (P, Y)). Train a copy, never this one."""
+    model = new_gpt(seed)
+    places = {text: y for y, text in enumerate(WORLD.answers)}
+    corpus = WORLD.corpus(torch.Generator().manual_seed(seed))
+    x = torch.tensor([WORLD.prompts.index(pair.prompt) for pair in corpus])
+    y = torch.tensor([places[pair.chosen] for pair in corpus])
+    sft = descend(model, lambda logps, i: -logps[x[i], y[i]], len(corpus), 400, 1e-2, seed)
+    *_, (_, logps) = sft
+    return model, logps
+
+
+def start_from(seed, kind="network"):
+    """A policy at the reference of this seed, to be trained: (model, log pi_ref)."""
+    model, ref = reference(seed)
+    return (Table(ref) if kind == "table" else copy.deepcopy(model)), ref
+
+
+def draw(seed, n, labels="hard", flip=0.0, among=None):
+    """n preferences between answers of the reference; a share `flip` then named the wrong way."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    drawn = WORLD.draw_pairs(reference(seed)[1], n, labels, generator)
+    if among is not None:  # only the pairs of that prompt
+        drawn = data.Drawn(*(column[drawn.prompt == among] for column in drawn))
+    wrong = torch.rand(len(drawn.prompt), generator=generator) < flip
+    chosen = torch.where(wrong, drawn.rejected, drawn.chosen)
+    return drawn._replace(chosen=chosen, rejected=torch.where(wrong, drawn.chosen, drawn.rejected))
+
+
+def descend(model, losses_of, n, steps, lr, seed, batch=BATCH):
+    """Minimise the mean of losses_of(logps (P, Y), places (B,)) -> (B,) over n places, as train.py
+    does: AdamW, a short warm-up, a linear decay, clipped gradients. Yields (step, logps) before
+    each step and after the last.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.empty(0, dtype=torch.long)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / (steps // 20 + 1), (steps - step) / steps * 1.05)
+        if len(left) < min(batch, n):
+            left = torch.randperm(n, generator=generator)
+        places, left = left[:batch], left[batch:]
+        logps = listed(model)
+        yield step, logps.detach()
+        optimizer.zero_grad()
+        losses_of(logps, places).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    yield steps, listed(model).detach()
+
+
+def preferences(loss, drawn, ref, **settings):
+    """losses_of for `descend`: a loss of the four sums, on these pairs."""
+    config = replace(train.TOY, **{"beta": BETA, **settings})
+
+    def losses_of(logps, places):
+        x, both = drawn.prompt[places], torch.stack([drawn.chosen, drawn.rejected])[:, places]
+        return train.call_loss(loss, config, logps[x, both], ref[x, both], LENGTHS[both])
+
+    return losses_of
+
+
+def train_dpo(
+    seed, drawn=None, lr=1e-2, steps=STEPS, loss=dpo.dpo_loss, kind="network", **settings
+):
+    """DPO, or another loss, from the reference: yields (step, logps) like `descend`."""
+    model, ref = start_from(seed, kind)
+    drawn = draw(seed, PAIRS) if drawn is None else drawn
+    losses_of = preferences(loss, drawn, ref, **settings)
+    yield from descend(model, losses_of, len(drawn.prompt), steps, lr, seed)
+
+
+def measure(logps, ref, beta=BETA):
+    """Exact numbers of a policy, means over the prompts; rewards in units of r*, KL in nats."""
+    best, _ = dpo.optimal_policy(ref, WORLD.rewards, beta)
+    columns = {
+        "expected_reward": (logps.exp() * WORLD.rewards).sum(-1),
+        "kl": dpo.kl_divergence(logps, ref),
+        "objective": dpo.rlhf_objective(logps, ref, WORLD.rewards, beta),
+        "grammatical": logps.exp()[:, GRAMMATICAL].sum(-1),
+        "entropy": -(logps.exp() * logps.clamp(min=-1e9)).sum(-1),
+    }
+    row = train.means(columns)
+    to_best, gap = dpo.kl_divergence(logps, best), dpo.kl_divergence(ref, best)
+    return row | {"gap_closed": 1 - (to_best.mean() / gap.mean()).item()}
+
+
+def agreement(rewards, ref):
+    """How well rewards (P, Y), a reward model's or a policy's own, agree with r*; means over x.
+
+    rank_correlation: Spearman's, over every answer, the rare ones too (r* has ties: mean ranks).
+    pair_accuracy: over all pairs that pi_ref would draw and whose true rewards differ.
+    calibration_error: of sigma(r - r'), its mean distance from Bradley-Terry's p over such pairs.
+    """
+    columns = {"rank_correlation": [], "pair_accuracy": [], "calibration_error": []}
+    for found, true, logps in zip(rewards, WORLD.rewards, ref):
+        ranks = torch.stack([mean_ranks(found), mean_ranks(true)])
+        columns["rank_correlation"].append(ranks.corrcoef()[0, 1])
+        margins, truth = found[:, None] - found, true[:, None] - true
+        odds = logps.exp()[:, None] * logps.exp()
+        right = dpo.accuracy(margins * truth.sign())
+        columns["pair_accuracy"].append((odds * right)[truth != 0].sum() / odds[truth != 0].sum())
+        apart = (margins.sigmoid() - truth.sigmoid()).abs()
+        columns["calibration_error"].append((odds * apart).sum())
+    return train.means({key: torch.stack(column) for key, column in columns.items()})
+
+
+def mean_ranks(values):
+    """Ranks (n,), equal values sharing the mean of theirs."""
+    _, level, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[level].double()
+
+
+# Many runs, files, command line
+
+
+def run_jobs(work, jobs):
+    """[work(*job) for job in jobs], one thread each, on all cores; says how long is left."""
+    start, results = time.time(), [None] * len(jobs)
+    context, cores = get_context("spawn"), os.cpu_count()
+    with ProcessPoolExecutor(cores, context, torch.set_num_threads, (1,)) as pool:
+        futures = {pool.submit(work, *job): i for i, job in enumerate(jobs)}
+        for done, future in enumerate(as_completed(futures), start=1):
+            results[futures[future]] = future.result()
+            spent = time.time() - start
+            left = spent / done * (len(jobs) - done)
+            train.progress(f"{done}/{len(jobs)} jobs  {spent:.0f} s  {left:.0f} s left", True)
+    return results
+
+
+def parse(description):
+    """--quick or the full run -> (quick, folder): out/quick, or assets, which README shows."""
+    parser = argparse.ArgumentParser(description=description)
+    help = "fewer seeds and settings, at most 3 minutes on two cores; writes to out/quick"
+    parser.add_argument("--quick", action="store_true", help=help)
+    quick = parser.parse_args().quick
+    folder = Path("out/quick" if quick else "assets")
+    folder.mkdir(parents=True, exist_ok=True)
+    return quick, folder
+
+
+def save_csv(path, rows):
+    """Dicts of one set of keys, as a table; floats with six significant digits."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def load_csv(path):
+    """The rows of `save_csv`; what reads as a number is one."""
+
+    def value(text):
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    with open(path, newline="") as file:
+        return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def spread(values):
+    """Mean and standard deviation over the seeds, as text."""
+    values = torch.tensor(values, dtype=torch.float64)
+    return f"{values.mean():.2f} ± {values.std(correction=min(1, len(values) - 1)):.2f}"
+
+
+def show(rows, by, columns):
+    """Print a table in Markdown: for each value of `by`, mean and spread of the columns."""
+    print(f"\n| {by} | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|".replace("_", " "))
+    for name in dict.fromkeys(row[by] for row in rows):
+        mine = [row for row in rows if row[by] == name]
+        print(f"| {name} |", " | ".join(spread([row[c] for row in mine]) for c in columns), "|")
