@@ -73,9 +73,9 @@ def start_from(seed, kind="network"):
     return (Table(ref) if kind == "table" else copy.deepcopy(model)), ref
 
 
-def draw(seed, n, labels="hard", flip=0.0, among=None):
+def draw(seed, n, labels="hard", flip=0.0, among=None, stream=1000):
     """n preferences between answers of the reference; a share `flip` then named the wrong way."""
-    generator = torch.Generator().manual_seed(1000 + seed)
+    generator = torch.Generator().manual_seed(stream + seed)
     drawn = WORLD.draw_pairs(reference(seed)[1], n, labels, generator)
     if among is not None:  # only the pairs of that prompt
         drawn = data.Drawn(*(column[drawn.prompt == among] for column in drawn))
@@ -148,18 +148,18 @@ def agreement(rewards, ref):
 
     rank_correlation: Spearman's, over every answer, the rare ones too (r* has ties: mean ranks).
     pair_accuracy: over all pairs that pi_ref would draw and whose true rewards differ.
-    calibration_error: of sigma(r - r'), its mean distance from Bradley-Terry's p over such pairs.
+    probability_error: the mean distance of sigma(r - r') from Bradley-Terry's p, over such pairs.
     """
-    columns = {"rank_correlation": [], "pair_accuracy": [], "calibration_error": []}
+    columns = {"rank_correlation": [], "pair_accuracy": [], "probability_error": []}
     for found, true, logps in zip(rewards, WORLD.rewards, ref):
         ranks = torch.stack([mean_ranks(found), mean_ranks(true)])
         columns["rank_correlation"].append(ranks.corrcoef()[0, 1])
         margins, truth = found[:, None] - found, true[:, None] - true
-        odds = logps.exp()[:, None] * logps.exp()
+        odds = torch.where(truth != 0, logps.exp()[:, None] * logps.exp(), 0)
         right = dpo.accuracy(margins * truth.sign())
-        columns["pair_accuracy"].append((odds * right)[truth != 0].sum() / odds[truth != 0].sum())
         apart = (margins.sigmoid() - truth.sigmoid()).abs()
-        columns["calibration_error"].append((odds * apart).sum())
+        columns["pair_accuracy"].append((odds * right).sum() / odds.sum())
+        columns["probability_error"].append((odds * apart).sum() / odds.sum())
     return train.means({key: torch.stack(column) for key, column in columns.items()})
 
 
@@ -172,18 +172,23 @@ def mean_ranks(values):
 # Many runs, files, command line
 
 
-def run_jobs(work, jobs):
-    """[work(*job) for job in jobs], one thread each, on all cores; says how long is left."""
-    start, results = time.time(), [None] * len(jobs)
-    context, cores = get_context("spawn"), os.cpu_count()
+def run_jobs(work, jobs, seconds):
+    """[work(*job) for job in jobs], one thread each, on all cores; says how long is left, from
+    a guess of each job's seconds. Give the longest first."""
+    start, results, cores = time.time(), {}, os.cpu_count()
+    context = get_context("spawn")
     with ProcessPoolExecutor(cores, context, torch.set_num_threads, (1,)) as pool:
         futures = {pool.submit(work, *job): i for i, job in enumerate(jobs)}
-        for done, future in enumerate(as_completed(futures), start=1):
+        for future in as_completed(futures):
             results[futures[future]] = future.result()
+            waiting = [seconds[i] for i in range(len(jobs)) if i not in results]
+            left = sum(waiting) - sum(waiting[:cores]) / 2  # those at work are half done
             spent = time.time() - start
-            left = spent / done * (len(jobs) - done)
-            train.progress(f"{done}/{len(jobs)} jobs  {spent:.0f} s  {left:.0f} s left", True)
-    return results
+            left *= spent / max(sum(seconds) - left, 1)
+            train.progress(
+                f"{len(results)}/{len(jobs)} jobs  {spent:.0f} s  {left:.0f} s left", True
+            )
+    return [results[i] for i in range(len(jobs))]
 
 
 def parse(description):
@@ -219,10 +224,15 @@ def load_csv(path):
         return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
 
 
-def spread(values):
-    """Mean and standard deviation over the seeds, as text."""
+def mean_sd(values):
+    """Mean and standard deviation, 0 for a single one."""
     values = torch.tensor(values, dtype=torch.float64)
-    return f"{values.mean():.2f} ± {values.std(correction=min(1, len(values) - 1)):.2f}"
+    return values.mean().item(), values.std(correction=min(1, len(values) - 1)).item()
+
+
+def spread(values):
+    """The same as text."""
+    return "{:.2f} ± {:.2f}".format(*mean_sd(values))
 
 
 def show(rows, by, columns):

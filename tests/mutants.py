@@ -31,9 +31,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = [
     "test_dpo.py",
-    *(f"tests/test_{x}.py" for x in ("losses", "logps", "data", "model", "train")),
+    *(f"tests/test_{x}.py" for x in ("losses", "logps", "data", "model", "train", "experiments")),
 ]
-FILES = "dpo.py", "data.py", "model.py", "train.py", "experiments/losses.py"
+FILES = [
+    *("dpo.py", "data.py", "model.py", "train.py"),
+    *(f"experiments/{x}.py" for x in ("losses", "lab", "rlhf", "frontier")),
+]
 
 
 # Planted by hand: name, file, the line as it is, the line with the bug
@@ -276,6 +279,47 @@ PLANTED = [
      " for ids in answers"),
     ("world: enumeration without the end", "data.py", "listed.append(longer[:, W])",
      "listed.append(so_far)"),
+    ("PPO: the reward model reads what fills the row", "experiments/rlhf.py",
+     "last = WORLD.prompt_ids.shape[1] + LENGTHS[y] - 1", "last = -1"),
+    ("PPO: the reward model reads the token before", "experiments/rlhf.py",
+     "+ LENGTHS[y] - 1", "+ LENGTHS[y] - 2"),
+    ("PPO: Eq. 2 the wrong way round", "experiments/rlhf.py",
+     "torch.cat([drawn.chosen[i], drawn.rejected[i]])",
+     "torch.cat([drawn.rejected[i], drawn.chosen[i]])"),
+    ("PPO: rewards not set to 0", "experiments/rlhf.py",
+     "return rewards - (lab.listed(sft).exp() * rewards).sum(-1, keepdim=True)", "return rewards"),
+    ("PPO: value after the end", "experiments/rlhf.py",
+     "following = torch.where(mask[:, t], values[:, t], 0.0)", "following = values[:, t]"),
+    ("PPO: advantage after the end", "experiments/rlhf.py",
+     "ahead = torch.where(mask[:, t], delta + lam * ahead, 0.0)", "ahead = delta + lam * ahead"),
+    ("PPO: lambda forgotten", "experiments/rlhf.py", "delta + lam * ahead", "delta + ahead"),
+    ("PPO: returns are rewards", "experiments/rlhf.py", "advantages + values", "advantages"),
+    ("PPO: max in place of min", "experiments/rlhf.py", "-torch.min(ratio", "-torch.max(ratio"),
+    ("PPO: no clip", "experiments/rlhf.py", "ratio.clamp(1 - clip, 1 + clip)", "ratio"),
+    ("PPO: KL rewarded", "experiments/rlhf.py", "-beta * (logps - ref", "beta * (logps - ref"),
+    ("PPO: reward at every token", "experiments/rlhf.py",
+     "out[torch.arange(len(out)), last] += rewards", "out += rewards[:, None]"),
+    ("PPO: token log-probs one late", "experiments/rlhf.py",
+     "[:, start - 1 :].log_softmax", "[:, start - 2 : -1].log_softmax"),
+    ("PPO: reference moves along", "experiments/rlhf.py",
+     "policy, ref, critic = copy.deepcopy(sft), sft,", "policy, ref, critic = sft, sft,"),
+    ("PPO: adaptive beta the wrong way", "experiments/rlhf.py",
+     "beta *= 1 + 0.1", "beta *= 1 - 0.1"),
+    ("PPO: place in the listing", "experiments/rlhf.py", "+ token + 1", "+ token"),
+    ("frontier: Best-of-N forgets ties below", "experiments/frontier.py",
+     "below.clamp(min=0) ** n", "0"),
+    ("frontier: win rate without ties", "experiments/frontier.py", " + (margins == 0) / 2", ""),
+    ("frontier: unlikelihood not normalised", "experiments/frontier.py", " / (1 - alpha)).log",
+     ").log"),
+    ("frontier: nothing is ever above", "experiments/frontier.py",
+     "SWEEP * curve[2]).max()", "SWEEP * curve[2]).min()"),
+    ("lab: pairs of the wrong prompt", "experiments/lab.py", "drawn.prompt == among",
+     "drawn.prompt != among"),
+    ("lab: every label flipped or none", "experiments/lab.py", "generator=generator) < flip",
+     "generator=generator) > flip"),
+    ("lab: reference of the loss left out", "experiments/lab.py", "ref[x, both], LENGTHS",
+     "0 * ref[x, both], LENGTHS"),
+    ("lab: ranks without ties", "experiments/lab.py", "- (counts - 1) / 2", ""),
 ]  # fmt: skip
 
 
@@ -410,8 +454,8 @@ def run(mutant, clean):
         signal.alarm(200)  # some bugs never end
         first = FirstFailure()
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            about = Path(file).stem  # its own tests first
-            tests = sorted(TESTS, key=lambda path: about not in path)
+            stem, folder = Path(file).stem, Path(file).parent.name  # its own tests first
+            tests = sorted(TESTS, key=lambda path: (stem not in path, folder not in path))
             status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], [first])
         signal.alarm(0)
         os.chdir("/")

@@ -1,6 +1,8 @@
 """What README names exists: its commands, flags, files, functions and tests."""
 
 import ast
+import csv
+import math
 import re
 import shlex
 from dataclasses import fields
@@ -9,6 +11,7 @@ import torch
 
 import dpo
 import train
+from experiments import frontier, lab, verdicts
 from experiments import losses as more
 
 
@@ -27,7 +30,7 @@ def numbers(text):
 def test_commands_flags_and_names(root):
     readme = (root / "README.md").read_text()
     flags = {"--" + field.name.replace("_", "-") for field in fields(train.Config)}
-    flags |= {"--no-decay", "--help", "--generated"}
+    flags |= {"--no-decay", "--help", "--generated", "--quick"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= flags
     for name in re.findall(r"`((?:\w+/)*\w+\.(?:py|ipynb|txt|md))`", readme):
         assert name == "my_dpo.py" or (root / name).exists(), name
@@ -95,6 +98,17 @@ def test_the_training_commands_parse(root, tmp_path, monkeypatch):
             train.parse_args(shlex.split(command))
 
 
+def test_the_experiments_exist_and_take_quick(root):
+    """Each `python -m experiments.x [--quick]` of README is a file with a main of its own."""
+    readme = (root / "README.md").read_text()
+    names = set(re.findall(r"python -m experiments\.(\w+)", readme))
+    assert names >= {"rlhf", "frontier", "claims", "verdicts"}
+    for name in names:
+        source = (root / "experiments" / f"{name}.py").read_text()
+        assert 'if __name__ == "__main__":' in source, name
+        assert f"python -m experiments.{name}" in source, f"{name}.py says how to start it"
+
+
 def test_the_table_of_losses(root):
     """f(m) and -f'(m), as README writes them, are what dpo.LOSSES computes."""
     readme = (root / "README.md").read_text()
@@ -134,3 +148,59 @@ def test_ci_runs_the_test_command_of_the_readme(root):
     ci = (root / ".ci" / "run").read_text()
     assert "command=$(grep --max-count=1 -- '-m pytest$' README.md)" in ci
     assert ci.rstrip().endswith('bash -c "$command"')
+
+
+# What assets/ holds
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_committed_dots_lie_below_the_curve(root):
+    """assets/frontier.csv against the tangents of assets/frontier_curve.csv, of slope beta; and
+    Best-of-N within its bound on KL."""
+    rows, curve = (read(root / "assets" / f"frontier{end}.csv") for end in ("", "_curve"))
+    assert {row["method"] for row in rows} == set(frontier.STYLE)
+    for seed in "01234":
+        points = [list(map(float, list(row.values())[1:])) for row in curve if row["seed"] == seed]
+        for row in (row for row in rows if row["seed"] == seed):
+            kl, reward, n = float(row["kl"]), float(row["expected_reward"]), float(row["setting"])
+            for beta, kl_there, reward_there in points:
+                assert reward <= reward_there + beta * (kl - kl_there) + 1e-3, row  # 6 digits
+            if row["method"] == "Best-of-N":
+                assert kl <= math.log(n) - (n - 1) / n + 1e-6, row
+
+
+def test_readme_shows_the_claims_as_measured(root):
+    """README has assets/claims.md line for line, and that follows from the CSV files beside it."""
+    readme = (root / "README.md").read_text()
+    table = (root / "assets" / "claims.md").read_text().splitlines()
+    assert len(table) == 2 + len(verdicts.CLAIMS) == 10
+    for claim, line in zip(verdicts.CLAIMS, table[2:]):
+        assert line in readme, f"README's row of {claim.__name__} is out of date"
+        _, row = verdicts.verdict(claim, root / "assets")
+        assert row == line, f"assets/claims.md is out of date: {claim.__name__}"
+
+
+DOCTORED = {  # what would have to be measured for the other verdict
+    "no_reward_model_needed": lambda r: {"pair_accuracy": 0.6 if "DPO" in r["rewards"] else 0.9},
+    "the_weight_matters": lambda r: {"grammatical": 0.5},
+    "little_tuning": lambda r: {"gained": 1.0 if r["method"] == "DPO" else r["lr"]},
+    "as_good_or_better": lambda r: {"best": 1.0 if r["method"] == "DPO" else 0.5},
+    "close_to_the_reference": lambda r: {"kl": r["beta"]},
+    "over_fitting": lambda r: {"held_out_accuracy": r["train_accuracy"]},
+    "coverage": lambda r: {"in_no_pair": 0.01},
+    "both_log_probs_fall": lambda r: {"chosen": 1.0},
+}
+
+
+def test_the_verdicts_can_be_the_other_ones(root):
+    """With other numbers each rule says no; and yes, where it says no or might have."""
+    for claim in verdicts.CLAIMS:
+        name = "frontier_shares" if claim.__name__ == "as_good_or_better" else None
+        rows = lab.load_csv(root / "assets" / f"{name or 'claims_' + claim.__name__}.csv")
+        changed = [row | DOCTORED[claim.__name__](row) for row in rows]
+        wanted = claim.__name__ in ("little_tuning", "as_good_or_better")
+        assert bool(claim(changed)[3]) == wanted, claim.__name__

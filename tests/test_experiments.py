@@ -1,0 +1,284 @@
+"""The road that DPO leaves out, and the exact curve: values by hand, by listing, by drawing."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import data
+import dpo
+from experiments import frontier, lab, rlhf
+from experiments.lab import WORLD
+
+
+@pytest.fixture(scope="module")
+def sft():
+    """A small network in place of a trained reference, with its exact table."""
+    model = lab.new_gpt(0)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model, lab.listed(model).detach()
+
+
+def close(got, expected, why, tolerance=1e-6):
+    got = torch.as_tensor(got, dtype=torch.float64)
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    message = f"{why}: expected {expected.tolist()}, got {got.tolist()}"
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance, msg=message)
+
+
+# lab.py
+
+
+def test_training_through_the_table_is_training_on_pair_rows(sft):
+    """The same losses and the same gradient of every weight as data.collate's rows give."""
+    model, ref = sft
+    drawn = WORLD.draw_pairs(ref, 64, "hard", torch.Generator().manual_seed(0))
+    start = ref - 0.1 * torch.randn(ref.shape, generator=torch.Generator().manual_seed(1))
+    x, both = drawn.prompt, torch.stack([drawn.chosen, drawn.rejected])
+    losses_of = lab.preferences(dpo.dpo_loss, drawn, start, beta=0.7)
+    losses = losses_of(lab.listed(model), torch.arange(64))
+    ours = torch.autograd.grad(losses.mean(), list(model.parameters()))
+
+    rows = data.encode_pairs(WORLD.texts(drawn), WORLD.tokenizer, 8, WORLD.K)
+    plain = dpo.response_logps(model, data.collate(rows, range(64)))
+    plain = dpo.dpo_loss(*plain, *start[x, both].float(), beta=0.7).losses
+    theirs = torch.autograd.grad(plain.mean(), list(model.parameters()))
+    close(losses.detach(), plain.detach(), "losses of the table and of pair rows", 1e-5)
+    for a, b in zip(ours, theirs):
+        close(a, b, "gradients through the table and through pair rows", 1e-5)
+
+
+def test_lengths_and_grammar_of_the_listed_answers():
+    place = {y: i for i, y in enumerate(WORLD.answers)}
+    wanted = {"": 1, " good": 2, " not good": 3, " not very good": 3}
+    for y, tokens in wanted.items():
+        assert lab.LENGTHS[place[y]] == tokens, f"{y!r}: words and, below K = 3 of them, the end"
+    assert lab.GRAMMATICAL.sum() == 16, "[not] [very] and one of 4 opinions"
+    assert lab.GRAMMATICAL[place[" not very dull"]] and not lab.GRAMMATICAL[place[" very not dull"]]
+
+
+def test_agreement_by_hand(monkeypatch):
+    assert lab.mean_ranks(torch.tensor([5.0, 1.0, 5.0])).tolist() == [2.5, 1.0, 2.5]
+    ref = torch.full(WORLD.rewards.shape, -math.log(1111), dtype=torch.float64)
+    found = lab.agreement(WORLD.rewards * 1.0, ref)
+    wanted = {"rank_correlation": 1.0, "pair_accuracy": 1.0, "probability_error": 0.0}
+    assert found == pytest.approx(wanted, abs=1e-12), "r* agrees with itself"
+    found = lab.agreement(-WORLD.rewards, ref)
+    assert found["rank_correlation"] == pytest.approx(-1) and found["pair_accuracy"] == 0
+    found = lab.agreement(0 * WORLD.rewards, ref)
+    assert found["pair_accuracy"] == pytest.approx(0.5), "a tie counts half"
+
+    # three answers that the reference draws, with true rewards 2, -2, 0 of the film ("" is 0), in
+    # shares 0.5, 0.3, 0.2; the rewards found say 0, 1, 2. Pairs: good > dull is missed (0.15 of
+    # 0.31), good > "" missed (0.1), dull < "" right (0.06)
+    place = {y: i for i, y in enumerate(WORLD.answers)}
+    at = [place[" good"], place[" dull"], place[""]]
+    true = WORLD.rewards[0, at].tolist()
+    assert true == [2.0, -2.0, 0.0], true
+    ref = torch.full_like(WORLD.rewards, -torch.inf)
+    ref[:, at] = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    rewards = torch.zeros_like(WORLD.rewards)
+    rewards[:, at] = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    monkeypatch.setattr(lab.WORLD, "rewards", WORLD.rewards[:1])
+    found = lab.agreement(rewards[:1], ref[:1])
+    close(found["pair_accuracy"], 0.06 / 0.31, "pairs weighed as pi_ref draws them")
+
+    def sigma(m):
+        return 1 / (1 + math.exp(-m))
+
+    apart = 0.15 * (sigma(4) - sigma(-1)) + 0.1 * (sigma(2) - sigma(-2))
+    apart += 0.06 * (sigma(2) - sigma(1))
+    close(found["probability_error"], apart / 0.31, "|sigma(r - r') - p|, weighed alike")
+
+
+def test_flipped_labels_and_pairs_of_one_prompt(monkeypatch, sft):
+    monkeypatch.setattr(lab, "reference", lambda seed: sft)
+    clean = lab.draw(0, 4000, "deterministic")
+    noisy = lab.draw(0, 4000, "deterministic", flip=0.2)
+    exchanged = (noisy.chosen == clean.rejected) & (noisy.rejected == clean.chosen)
+    differ = clean.chosen != clean.rejected
+    assert exchanged[differ].float().mean().item() == pytest.approx(0.2, abs=0.03)
+    kept = lab.draw(0, 4000, "deterministic", among=0)
+    assert (kept.prompt == 0).all() and len(kept.prompt) == (clean.prompt == 0).sum()
+
+
+# rlhf.py: the reward model
+
+
+def test_reward_model_reads_the_last_token_of_the_answer(sft):
+    """The reward of an answer: the head at its last token, END where there is one, and never what
+    fills the row after it."""
+    model = rlhf.Scalar(sft[0])
+    torch.nn.init.normal_(model.head.weight)
+    place = {y: i for i, y in enumerate(WORLD.answers)}
+    encode = WORLD.tokenizer.encode_ordinary
+    for y, ids in (
+        (" good", encode(" good") + [WORLD.W]),
+        (" not very good", None),
+        ("", [WORLD.W]),
+    ):
+        ids = ids or encode(y)
+        alone = model(torch.tensor([WORLD.prompt_ids[1].tolist() + ids]))[0, -1]
+        row = rlhf.score(model, torch.tensor([1]), torch.tensor([place[y]]))[0]
+        close(row.detach(), alone.item(), f"reward of {y!r}", 1e-5)
+
+
+def test_reward_model_starts_at_log_2_and_learns_eq2(sft):
+    """A head of zeros ties every pair; on the same pairs Eq. 2 then ranks by r*."""
+    model, ref = sft
+    zero = rlhf.score(rlhf.Scalar(model), torch.tensor([0, 1]), torch.tensor([5, 900]))
+    loss = dpo.reward_model_loss(zero[:1], zero[1:])
+    close(loss.detach(), [math.log(2)], "Eq. 2 where both rewards are 0")
+    drawn = WORLD.draw_pairs(ref, 20_000, "hard", torch.Generator().manual_seed(0))
+    rewards = rlhf.train_reward_model(model, drawn, epochs=2)
+    close((ref.exp() * rewards).sum(-1), [0.0, 0.0], "E_ref[r_phi], section 3")
+    found = lab.agreement(rewards, ref)
+    assert found["pair_accuracy"] > 0.7, f"Eq. 2 has learnt to rank the wrong way round? {found}"
+
+
+# rlhf.py: PPO
+
+
+def test_place_of_finds_every_answer():
+    places = rlhf.place_of(rlhf.ANSWERS)
+    assert places.tolist() == list(range(len(WORLD.answers))), "tokens -> place in the listing"
+
+
+def test_gae_by_hand():
+    """One answer of two tokens (a third is filling) and one of three."""
+    rewards = torch.tensor([[0.5, 2.0, 9.0], [0.0, 0.0, 1.0]])
+    values = torch.tensor([[1.0, 0.4, 7.0], [0.2, 0.3, 0.4]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    advantages, returns = rlhf.gae(rewards, values, mask, lam=0.5)
+    # row 1: delta_2 = 2 - 0.4 = 1.6, delta_1 = 0.5 + 0.4 - 1 = -0.1; A_1 = -0.1 + 0.5 * 1.6
+    # row 2: deltas 0.1, 0.1, 0.6: A_3 = 0.6, A_2 = 0.1 + 0.3 = 0.4, A_1 = 0.1 + 0.2 = 0.3
+    close(advantages, [[0.7, 1.6, 0.0], [0.3, 0.4, 0.6]], "advantages, GAE's Eq. 16")
+    close(returns[mask], [1.7, 2.0, 0.5, 0.7, 1.0], "returns, A + V")
+    plain, _ = rlhf.gae(rewards, values, mask, lam=1.0)
+    close(plain[:, 0], [2.5 - 1.0, 1.0 - 0.2], "at lambda 1: the reward still to come, less V")
+    one_step, _ = rlhf.gae(rewards, values, mask, lam=0.0)
+    close(one_step[mask], [-0.1, 1.6, 0.1, 0.1, 0.6], "at lambda 0: delta alone")
+
+
+def test_ppo_clips_on_the_side_that_the_advantage_asks_for():
+    """Arxiv 1707.06347, Eq. 7 and its Figure 1, at ratios 0.5, 1.1 and 1.5 with clip 0.2."""
+    ratios = torch.tensor([0.5, 1.1, 1.5]).double()
+    for sign, losses, slopes in (
+        (1.0, [-0.5, -1.1, -1.2], [-0.5, -1.1, 0.0]),  # better: no more once above 1.2
+        (-1.0, [0.8, 1.1, 1.5], [0.0, 1.1, 1.5]),  # worse: no less once below 0.8
+    ):
+        logps = ratios.log().requires_grad_()
+        loss = rlhf.clipped_loss(logps, torch.zeros(3), torch.full((3,), sign), 0.2)
+        close(loss.detach(), losses, f"clipped loss, advantage {sign}")
+        (slope,) = torch.autograd.grad(loss.sum(), logps)
+        close(slope, slopes, f"its slope in log pi, advantage {sign}: 0 beyond the clip")
+
+
+def test_token_rewards_add_up_to_section_3s_reward(sft):
+    """r - beta (log pi - log pi_ref) of the whole answer, and what follows the answer counts 0."""
+    model, ref = sft
+    other = lab.new_gpt(3)
+    x, y = torch.tensor([0, 1, 1, 0]), torch.tensor([0, 7, 55, 1000])
+    ids = torch.cat([WORLD.prompt_ids[x], rlhf.ANSWERS[y]], 1)
+    mask = torch.arange(WORLD.K) < rlhf.LENGTHS[y, None]
+    with torch.no_grad():
+        logps, of_ref = rlhf.token_logps(other, ids), rlhf.token_logps(model, ids)
+        table = lab.listed(other)
+        close((logps * mask).sum(1), table[x, y], "token log-probs against the listed ones", 1e-5)
+        got = rlhf.token_rewards(WORLD.rewards[x, y].float(), logps, of_ref, mask, 0.3)
+    wanted = WORLD.rewards[x, y] - 0.3 * (table - ref)[x, y]
+    close(got.sum(1), wanted, "sum over tokens", 1e-5)
+    assert (got[~mask] == 0).all()
+
+
+def test_ppo_climbs_eq3_and_holds_a_target_kl(sft):
+    """On the true rewards J rises well above the start; a low target keeps KL near it."""
+    model, ref = sft
+    kept = [parameter.clone() for parameter in model.parameters()]
+    *_, (drawn, free) = rlhf.ppo(model, WORLD.rewards, 0, samples=30 * 512)
+    assert drawn == 30 * 512
+    start, end = lab.measure(ref, ref), lab.measure(free, ref)
+    best = lab.measure(dpo.optimal_policy(ref, WORLD.rewards, 1.0)[0], ref)
+    gained = (end["objective"] - start["objective"]) / (best["objective"] - start["objective"])
+    assert 0.4 < gained <= 1, f"PPO on r* gained {gained:.0%} of what pi* of Eq. 4 gains"
+    assert rlhf.next_beta(2.0, 0.3, 0.3) == 2.0, "KL on its target: beta stays"
+    close(rlhf.next_beta(2.0, 0.33, 0.3), 2.02, "10% above the target: beta 1% up")
+    close(rlhf.next_beta(2.0, 9.0, 0.3), 2.04, "far above: 2%, no more")
+    close(rlhf.next_beta(2.0, 0.0, 0.3), 1.96, "far below: 2% down, no more")
+    *_, (_, leashed) = rlhf.ppo(model, WORLD.rewards, 0, target_kl=0.2, samples=30 * 512)
+    assert lab.measure(leashed, ref)["kl"] < 0.6 * end["kl"], "the adaptive beta holds KL down"
+    assert all(torch.equal(a, b) for a, b in zip(kept, model.parameters())), "reference moved"
+
+
+# frontier.py
+
+
+def test_best_of_n_is_the_law_of_the_best_of_n_draws():
+    """Every tuple of n draws listed: the best wins, equal best share."""
+    probs = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64)
+    rewards = torch.tensor([1.0, -2.0, 1.0, 0.0]).double()  # the first and third are equal
+    for n in (1, 2, 3, 5):
+        law = torch.zeros(4).double()
+        for draws in itertools.product(range(4), repeat=n):
+            chance = math.prod(probs[i].item() for i in draws)
+            best = [i for i in draws if rewards[i] == max(rewards[j] for j in draws)]
+            for i in best:
+                law[i] += chance / len(best)
+        got = frontier.best_of_n(probs.log(), rewards, n)
+        close(got.exp(), law, f"Best-of-{n}: F^n - F(r-)^n", 1e-12)
+        kl = dpo.kl_divergence(got, probs.log()).item()
+        assert kl <= math.log(n) - (n - 1) / n + 1e-12, "its known bound"
+
+
+def test_closed_forms_of_preferred_ft_and_unlikelihood():
+    """The minimum of the population loss, found by descent on free logits, and its threshold."""
+    ref = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64).log()
+    rewards = torch.tensor([1.0, -0.5, 0.3, 0.0], dtype=torch.float64)
+    p = (rewards[:, None] - rewards).sigmoid() * ref.exp()[:, None] * ref.exp() * 2  # y beats y'
+    won, lost = p.sum(1), p.sum(0)
+    threshold = frontier.unlikelihood_optimum(ref, rewards, "hard")[1]
+    close(threshold, (won / lost).min(), "alpha up to which unlikelihood has a minimum", 1e-12)
+    for alpha in (0.0, threshold / 2):
+        logits = torch.zeros(4).double().requires_grad_()
+        optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-12)
+
+        def loss():
+            optimizer.zero_grad()
+            logps = logits.log_softmax(-1)
+            value = -(won * logps).sum() + alpha * (lost * logps).sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        got, _ = frontier.unlikelihood_optimum(ref, rewards, "hard", alpha)
+        close(got, logits.detach().log_softmax(-1), f"alpha {alpha:.3f}", 1e-5)
+
+
+def test_preferred_ft_with_deterministic_labels_is_best_of_2(sft):
+    ref, rewards = sft[1][0], WORLD.rewards[0]
+    preferred, _ = frontier.unlikelihood_optimum(ref, rewards, "deterministic")
+    close(preferred, frontier.best_of_n(ref, rewards, 2), "2 pi_ref s = best of 2", 1e-9)
+
+
+def test_nothing_lies_above_the_exact_curve_and_the_check_can_fail(sft):
+    _, ref = sft
+    curve = frontier.frontier(ref)
+    noise = torch.randn(30, *ref.shape, generator=torch.Generator().manual_seed(0)).double()
+    optimum, _ = dpo.optimal_policy(ref, WORLD.rewards, 0.5)
+    for policy in [ref, *(optimum + 0.5 * noise).log_softmax(-1)]:
+        found = lab.measure(policy, ref)
+        assert frontier.height(found["kl"], found["expected_reward"], curve) <= 1e-9
+    on = lab.measure(dpo.optimal_policy(ref, WORLD.rewards, frontier.SWEEP[150])[0], ref)
+    assert abs(frontier.height(on["kl"], on["expected_reward"], curve)) < 1e-9, "on the curve"
+    above = frontier.height(on["kl"], on["expected_reward"] + 0.01, curve)
+    assert above == pytest.approx(0.01, abs=1e-6), "a point 0.01 above must be seen as such"
+
+
+def test_reached_tosses_coins_between_policies():
+    points = [(0.0, 0.0), (1.0, 2.0), (2.0, 1.0), (3.0, 3.0)]
+    assert frontier.reached(points, 1.0) == 2.0
+    assert frontier.reached(points, 0.5) == 1.0, "half of SFT, half of (1, 2)"
+    assert frontier.reached(points, 2.0) == 2.5, "half of (1, 2), half of (3, 3)"
+    assert frontier.reached(points, 9.0) == 3.0
