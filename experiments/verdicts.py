@@ -23,7 +23,6 @@ def where(rows, **wanted):
 
 
 def last(rows, by="step"):
-    """The rows of the last step."""
     return where(rows, **{by: max(row[by] for row in rows)})
 
 
@@ -98,8 +97,6 @@ def the_weight_matters(rows):
     for ax, key in zip(axes, ("grammatical", "entropy", "expected_reward")):
         lines(ax, rows, "step", key, "weight", {"with": "DPO", "without": "weight left at 1/2"})
     axes[0].set(ylabel="mass on grammatical answers", ylim=(0, 1))
-    axes[1].set(ylabel="entropy, nats")
-    axes[2].set(ylabel="E[r*], true reward")
     axes[0].legend()
     with_it, without = (where(last(rows), weight=name) for name in ("with", "without"))
     worse = (mean(without, k) < mean(with_it, k) for k in ("grammatical", "expected_reward"))
@@ -224,8 +221,9 @@ def coverage(rows):
     ends = last(rows, "pairs_seen")
     cases = list(dict.fromkeys(values(rows, "case")))
     floor = [0.0] * len(cases)
-    names = {"grammatical": "grammatical", "other_paired": "not, but in some pair"}
-    names["in_no_pair"] = "nor in any pair"
+    names = dict(
+        grammatical="grammatical", other_paired="not, but in some pair", in_no_pair="neither"
+    )
     for i, (key, label) in enumerate(names.items()):
         height = [mean(where(ends, case=case), key) for case in cases]
         style = dict(color=COLOURS[i], edgecolor="black", hatch=("", "//", "..")[i], label=label)

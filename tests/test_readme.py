@@ -184,6 +184,19 @@ def test_readme_shows_the_claims_as_measured(root):
         assert row == line, f"assets/claims.md is out of date: {claim.__name__}"
 
 
+def test_readme_shows_the_frontier_and_rlhf_as_measured(root, capsys):
+    """Their tables in README are those that the commands print from the CSV files in assets/."""
+    frontier.show(lab.load_csv(root / "assets" / "frontier_shares.csv"), 5)
+    for name, by in (("rlhf", "system"), ("rlhf_reward_model", "rewards")):
+        rows = lab.load_csv(root / "assets" / f"{name}.csv")
+        lab.show(rows, by, list(rows[0])[2:])
+    readme = (root / "README.md").read_text()
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(printed) == 2 * (2 + len(frontier.STYLE)) + 2 + 6 + 2 + 2
+    for line in printed:
+        assert line in readme, f"out of date in README: {line}"
+
+
 DOCTORED = {  # what would have to be measured for the other verdict
     "no_reward_model_needed": lambda r: {"pair_accuracy": 0.6 if "DPO" in r["rewards"] else 0.9},
     "the_weight_matters": lambda r: {"grammatical": 0.5},
