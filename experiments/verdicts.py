@@ -214,8 +214,8 @@ def coverage(rows):
     fig, axes = panels(4, 17)
     for ax, key in zip(axes, ("margin", "accuracy", "gap_closed")):
         lines(ax, rows, "pairs_seen", key, "case")
-    axes[0].set(ylabel="margin r_w - r_l of its own pairs")
-    axes[1].set(ylabel="accuracy on its own pairs")
+        ax.locator_params(axis="x", nbins=4)
+    axes[0].set(ylabel="margin of its own pairs")
     axes[2].axhline(0, color="black", linewidth=0.8)
     axes[0].legend(fontsize=8)
     ends = last(rows, "pairs_seen")

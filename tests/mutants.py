@@ -304,7 +304,7 @@ PLANTED = [
     ("PPO: reference moves along", "experiments/rlhf.py",
      "policy, ref, critic = copy.deepcopy(sft), sft,", "policy, ref, critic = sft, sft,"),
     ("PPO: adaptive beta the wrong way", "experiments/rlhf.py",
-     "beta *= 1 + 0.1", "beta *= 1 - 0.1"),
+     "beta * (1 + 0.1 *", "beta * (1 - 0.1 *"),
     ("PPO: place in the listing", "experiments/rlhf.py", "+ token + 1", "+ token"),
     ("frontier: Best-of-N forgets ties below", "experiments/frontier.py",
      "below.clamp(min=0) ** n", "0"),

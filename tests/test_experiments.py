@@ -96,6 +96,8 @@ def test_agreement_by_hand(monkeypatch):
 def test_flipped_labels_and_pairs_of_one_prompt(monkeypatch, sft):
     monkeypatch.setattr(lab, "reference", lambda seed: sft)
     clean = lab.draw(0, 4000, "deterministic")
+    won = WORLD.rewards[clean.prompt, clean.chosen] - WORLD.rewards[clean.prompt, clean.rejected]
+    assert (won >= 0).all(), "without flips the higher true reward wins every pair"
     noisy = lab.draw(0, 4000, "deterministic", flip=0.2)
     exchanged = (noisy.chosen == clean.rejected) & (noisy.rejected == clean.chosen)
     differ = clean.chosen != clean.rejected
