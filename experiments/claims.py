@@ -18,7 +18,6 @@ import dpo
 import train
 from experiments import lab, rlhf, verdicts
 from experiments.lab import BETA, WORLD
-from model import GPT, GPTConfig
 
 
 def no_reward_model_needed(seed, quick):
@@ -88,21 +87,19 @@ def close_to_the_reference(seed, quick):
         runs["all pairs"] = lab.train_dpo(seed, all_pairs, **settings)
         runs["film pairs only"] = lab.train_dpo(seed, film_pairs, **settings)
         runs["film, no leash"] = lab.train_dpo(seed, film_pairs, loss=unweighted, **settings)
-        for name, run in runs.items():
-            *_, (_, logps) = run
-            columns = {
-                "kl": dpo.kl_divergence(logps, ref),
-                "grammatical": logps.exp()[:, lab.GRAMMATICAL].sum(-1),
-                "expected_reward": (logps.exp() * WORLD.rewards).sum(-1),
-            }
-            for x, noun in enumerate(("film", "hotel")):
-                row = {"seed": seed, "run": name, "beta": beta, "prompt": noun}
-                rows.append(row | {key: column[x].item() for key, column in columns.items()})
-    row = {"seed": seed, "run": "reference", "beta": 0.0, "kl": 0.0}
-    for x, noun in enumerate(("film", "hotel")):
-        found = {"grammatical": ref[x].exp()[lab.GRAMMATICAL].sum().item()}
-        found |= {"expected_reward": (ref[x].exp() * WORLD.rewards[x]).sum().item()}
-        rows.append(row | {"prompt": noun} | found)
+        rows += of_each_prompt(seed, runs, beta, ref)
+    return rows + of_each_prompt(seed, {"reference": [(0, ref)]}, 0.0, ref)
+
+
+def of_each_prompt(seed, runs, beta, ref):
+    """The end of each run, film and hotel by themselves."""
+    rows = []
+    for name, run in runs.items():
+        *_, (_, logps) = run
+        for x, noun in enumerate(data.NOUNS[: len(ref)]):
+            found = lab.measure(logps, ref, prompts=slice(x, x + 1))
+            row = {"seed": seed, "run": name, "beta": beta, "prompt": noun}
+            rows.append(row | {key: found[key] for key in ("kl", "grammatical", "expected_reward")})
     return rows
 
 
@@ -170,7 +167,7 @@ def leak(world, seed, seen, slip, pairs, lr, sft_weight, rounds):
     policy = ref = world.logps(model)
     best, _ = dpo.optimal_policy(ref, world.rewards, BETA)
     paired = torch.zeros(ref.shape, dtype=torch.bool)  # answers that some pair has mentioned
-    grammatical = torch.tensor([bool(lab.re.fullmatch(lab.SENTENCE, y)) for y in world.answers])
+    grammatical = lab.is_grammatical(world.answers)
 
     def row(of_mass, seen, margins):
         probs, kl = of_mass.exp(), dpo.kl_divergence(of_mass, best).mean()
@@ -208,8 +205,7 @@ def leak(world, seed, seen, slip, pairs, lr, sft_weight, rounds):
 
 @functools.cache
 def sft(world, config, slip):
-    torch.manual_seed(config.seed)
-    model = GPT(GPTConfig(world.W + 1, 8, 32, 1, 4))
+    model = lab.new_gpt(config.seed)
     corpus = world.corpus(torch.Generator().manual_seed(config.seed), slip=slip)
     corpus = [row._replace(rejected=[]) for row in encode(world, corpus)]
     for _ in train.updates(model, corpus, lambda y, *_: -y, config, 10, 1e-2):

@@ -186,10 +186,9 @@ def table(rows, curves):
         kl, height, _ = curves[seed]
         sft = lab.measure(*2 * lab.reference(seed)[1:])["expected_reward"]
         wanted = {"labels": labels, "method": method, "seed": seed}
-        mine = [row for row in rows if all(row[key] == wanted[key] for key in wanted)]
-        points = [(0.0, sft)] + [(row["kl"], row["expected_reward"]) for row in mine]
+        mine = [(row["kl"], row["expected_reward"]) for row in lab.where(rows, **wanted)]
         for budget in BUDGETS:
-            best, limit = reached(points, budget), float(np.interp(budget, kl, height))
+            best, limit = reached([(0.0, sft), *mine], budget), float(np.interp(budget, kl, height))
             share = (best - sft) / (limit - sft)
             out.append(wanted | {"budget": budget, "best": best, "share": share})
     return out
@@ -204,8 +203,7 @@ def show(shares, seeds):
         for method in STYLE:
             cells = []
             for budget in BUDGETS:
-                mine = [s for s in shares if (s["labels"], s["method"]) == (labels, method)]
-                mine = [s for s in mine if s["budget"] == budget]
+                mine = lab.where(shares, labels=labels, method=method, budget=budget)
                 best, share = (lab.spread([s[key] for s in mine]) for key in ("best", "share"))
                 cells.append(f"{best} ({share})")
             print(f"| {method} |", " | ".join(cells), "|")
@@ -218,7 +216,7 @@ def draw(rows, curves, path):
         for kl, height, _ in curves.values():
             ax.plot(kl, height, color="black", linewidth=1.5, zorder=1)
         for method, (colour, marker) in STYLE.items():
-            mine = [r for r in rows if (r["labels"], r["method"]) == (labels, method)]
+            mine = lab.where(rows, labels=labels, method=method)
             ends = {(r["setting"], r["seed"]): r for r in mine}.values()  # the last of each run
             size = 110 if marker == "*" else 44
             for dots, area, alpha in ((mine, 9, 0.3), (ends, size, 0.95)):
@@ -244,7 +242,7 @@ def main():
     jobs = [(k, labels, s, quick) for k in kinds for labels in ("hard", "deterministic")
             for s in seeds if (k, labels) != ("PPO-GT", "deterministic")]  # fmt: skip
     rows = sum(lab.run_jobs(work, jobs, [kinds[kind] for kind, *_ in jobs]), [])
-    truth = [row for row in rows if row["method"] == "PPO-GT"]  # it sees r*, not the labels
+    truth = lab.where(rows, method="PPO-GT")  # it sees r*, not the labels
     rows += [row | {"labels": "deterministic"} for row in truth]
     curves = {seed: frontier(lab.reference(seed)[1]) for seed in seeds}
     shares = table(rows, curves)

@@ -24,14 +24,20 @@ import torch
 import data
 import dpo
 import train
-from model import GPT, GPTConfig
 
 WORLD = data.ToyWorld("small")
 BETA = 1.0  # train.py's in the toy world
 PAIRS, STEPS, BATCH = 100_000, 800, 1024  # of a DPO run: some eight passes over the pairs
 LENGTHS = torch.tensor([min(len(y.split()) + 1, WORLD.K) for y in WORLD.answers])  # in tokens
-SENTENCE = f"( not)?( very)?( {'| '.join(WORLD.opinions)})"
-GRAMMATICAL = torch.tensor([bool(re.fullmatch(SENTENCE, y)) for y in WORLD.answers])  # (Y,)
+
+
+def is_grammatical(answers):
+    """Whether the corpus would say it but for its slips, [not] [very] opinion: Y texts -> (Y,)."""
+    sentence = re.compile(f"( not)?( very)?( {'| '.join(WORLD.opinions)})")
+    return torch.tensor([bool(sentence.fullmatch(answer)) for answer in answers])
+
+
+GRAMMATICAL = is_grammatical(WORLD.answers)
 
 
 class Table(torch.nn.Module):
@@ -50,8 +56,9 @@ def listed(model):
 
 
 def new_gpt(seed):
+    """train.py's network for the toy world, untrained."""
     torch.manual_seed(seed)
-    return GPT(GPTConfig(WORLD.W + 1, 8, 32, 1, 4))  # train.py's shape
+    return train.build_model(replace(train.TOY, device="cpu"), WORLD.tokenizer)
 
 
 @functools.cache
@@ -74,10 +81,11 @@ def start_from(seed, kind="network"):
 
 
 def draw(seed, n, labels="hard", flip=0.0, among=None, stream=1000):
-    """n preferences between answers of the reference; a share `flip` then named the wrong way."""
+    """n preferences between answers of the reference; a share `flip` then named the wrong way.
+    `among` keeps only the pairs of that prompt; another `stream` draws other pairs, to hold out."""
     generator = torch.Generator().manual_seed(stream + seed)
     drawn = WORLD.draw_pairs(reference(seed)[1], n, labels, generator)
-    if among is not None:  # only the pairs of that prompt
+    if among is not None:
         drawn = data.Drawn(*(column[drawn.prompt == among] for column in drawn))
     wrong = torch.rand(len(drawn.prompt), generator=generator) < flip
     chosen = torch.where(wrong, drawn.rejected, drawn.chosen)
@@ -128,13 +136,14 @@ def train_dpo(
     yield from descend(model, losses_of, len(drawn.prompt), steps, lr, seed)
 
 
-def measure(logps, ref, beta=BETA):
+def measure(logps, ref, beta=BETA, prompts=slice(None)):
     """Exact numbers of a policy, means over the prompts; rewards in units of r*, KL in nats."""
-    best, _ = dpo.optimal_policy(ref, WORLD.rewards, beta)
+    logps, ref, rewards = logps[prompts], ref[prompts], WORLD.rewards[prompts]
+    best, _ = dpo.optimal_policy(ref, rewards, beta)
     columns = {
-        "expected_reward": (logps.exp() * WORLD.rewards).sum(-1),
+        "expected_reward": (logps.exp() * rewards).sum(-1),
         "kl": dpo.kl_divergence(logps, ref),
-        "objective": dpo.rlhf_objective(logps, ref, WORLD.rewards, beta),
+        "objective": dpo.rlhf_objective(logps, ref, rewards, beta),
         "grammatical": logps.exp()[:, GRAMMATICAL].sum(-1),
         "entropy": -(logps.exp() * logps.clamp(min=-1e9)).sum(-1),
     }
@@ -224,6 +233,11 @@ def load_csv(path):
         return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
 
 
+def where(rows, **wanted):
+    """The rows that have these values."""
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
 def mean_sd(values):
     """Mean and standard deviation, 0 for a single one."""
     values = torch.tensor(values, dtype=torch.float64)
@@ -239,5 +253,5 @@ def show(rows, by, columns):
     """Print a table in Markdown: for each value of `by`, mean and spread of the columns."""
     print(f"\n| {by} | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|".replace("_", " "))
     for name in dict.fromkeys(row[by] for row in rows):
-        mine = [row for row in rows if row[by] == name]
+        mine = where(rows, **{by: name})
         print(f"| {name} |", " | ".join(spread([row[c] for row in mine]) for c in columns), "|")

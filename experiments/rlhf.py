@@ -5,7 +5,7 @@
 Section 3 of the paper; PPO is Schulman et al. 2017 (arXiv 1707.06347) with GAE (arXiv 1506.02438),
 its set-up for language Ziegler et al. 2019 (arXiv 1909.08593): a critic, the KL term spread over
 the tokens, an adaptive beta that holds a target KL. B answers of K tokens at most, T positions.
-Left out: a clipped value loss, an entropy bonus, early stopping on KL; what was tuned is in TUNED.
+Left out: a clipped value loss, an entropy bonus, early stopping on KL. TUNED says what was tuned.
 """
 
 import copy
@@ -16,7 +16,7 @@ from torch import nn
 
 import dpo
 from experiments import lab
-from experiments.lab import BETA, WORLD
+from experiments.lab import BETA, LENGTHS, WORLD
 
 SAMPLES = 8 * 48 * 512  # answers that PPO draws: 2% fewer than the 100,000 pairs of DPO hold
 EPOCHS = 8  # of the reward model, as many as DPO's
@@ -42,14 +42,9 @@ class Scalar(nn.Module):
 # The reward model: Eq. 2
 
 
-def answer_rows():
-    """Every answer's tokens, (Y, K), and how many of them count, (Y,); END fills the rest."""
-    encode = WORLD.tokenizer.encode_ordinary
-    tokens = [(encode(y) + [WORLD.W] * WORLD.K)[: WORLD.K] for y in WORLD.answers]
-    return torch.tensor(tokens), lab.LENGTHS
-
-
-ANSWERS, LENGTHS = answer_rows()
+encode = WORLD.tokenizer.encode_ordinary
+ANSWERS = [(encode(y) + [WORLD.W] * WORLD.K)[: WORLD.K] for y in WORLD.answers]
+ANSWERS = torch.tensor(ANSWERS)  # (Y, K) tokens; END fills the rest, LENGTHS says what counts
 
 
 def score(model, x, y):
@@ -134,6 +129,19 @@ def token_logps(model, ids):
     return logps.gather(-1, ids[:, start:, None]).squeeze(-1)
 
 
+def token_values(critic, ids):
+    """V before each answer token is drawn, read where that token is predicted: (B, T) -> (B, K)"""
+    return critic(ids[:, :-1])[:, WORLD.prompt_ids.shape[1] - 1 :]
+
+
+def ppo_loss(policy, critic, ids, old_logps, advantages, returns, mask, clip):
+    """The clipped loss of the policy plus the critic's squared error, each a mean over the tokens
+    that count: (B, T) and four (B, K) -> a scalar."""
+    losses = clipped_loss(token_logps(policy, ids), old_logps, advantages, clip)
+    errors = (token_values(critic, ids) - returns) ** 2
+    return losses[mask].mean() + errors[mask].mean()
+
+
 def place_of(tokens):
     """Answer tokens (B, K) -> their places in WORLD.answers (B,): shorter answers come first."""
     place, going = torch.zeros(len(tokens), dtype=torch.long), torch.ones(len(tokens)).bool()
@@ -173,17 +181,15 @@ def ppo(sft, rewards, seed, beta=BETA, target_kl=None, samples=SAMPLES, **tuned)
             mask = torch.arange(WORLD.K) < LENGTHS[y, None]
             old, of_ref = token_logps(policy, ids), token_logps(ref, ids)
             of_tokens = token_rewards(rewards[x, y].float(), old, of_ref, mask, beta)
-            values = critic(ids[:, :-1])[:, start - 1 :]
-            advantages, returns = gae(of_tokens, values, mask, t["lam"])
+            advantages, returns = gae(of_tokens, token_values(critic, ids), mask, t["lam"])
             advantages = (advantages - advantages[mask].mean()) / (advantages[mask].std() + 1e-8)
             if target_kl:
                 kl = ((old - of_ref) * mask).sum(1).mean().item()
                 beta = next_beta(beta, kl, target_kl)
         for _ in range(t["epochs"]):
             for i in torch.randperm(len(x), generator=generator).split(t["minibatch"]):
-                losses = clipped_loss(token_logps(policy, ids[i]), old[i], advantages[i], t["clip"])
-                errors = (critic(ids[i][:, :-1])[:, start - 1 :] - returns[i]) ** 2
-                loss = losses[mask[i]].mean() + errors[mask[i]].mean()
+                batch = [column[i] for column in (ids, old, advantages, returns, mask)]
+                loss = ppo_loss(policy, critic, *batch, t["clip"])
                 actor.zero_grad()
                 critic_opt.zero_grad()
                 loss.backward()
@@ -251,7 +257,7 @@ def draw(curves, calibrated, path):
     for name in ("PPO", "PPO-GT"):
         for ax, key in ((left, "expected_reward"), (middle, "kl")):
             for seed in sorted({row["seed"] for row in curves}):
-                mine = [r for r in curves if (r["seed"], r["system"]) == (seed, name)]
+                mine = lab.where(curves, seed=seed, system=name)
                 x, y = [r["samples"] for r in mine], [r[key] for r in mine]
                 ax.plot(x, y, color=look[name][0], alpha=0.8, label=None if seed else name)
                 if (name, ax) == ("PPO", left):
@@ -263,7 +269,7 @@ def draw(curves, calibrated, path):
     left.set(xlabel="answers drawn", ylabel="E[r*], true reward")
     middle.set(xlabel="answers drawn", ylabel="KL(pi || pi_ref), nats")
     for name, (colour, marker) in (("reward model", look["PPO"]), ("DPO", look["DPO"])):
-        mine = [r for r in calibrated if r["rewards"] == name]
+        mine = lab.where(calibrated, rewards=name)
         x, y = [r["says"] for r in mine], [r["is"] for r in mine]
         label = {"DPO": "DPO's implicit reward"}.get(name, name)
         right.plot(x, y, marker, color=colour, alpha=0.6, label=label)

@@ -12,14 +12,11 @@ import torch
 from matplotlib.figure import Figure
 
 from experiments import lab
+from experiments.lab import where
 
 BLUE, RED, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#777777"
 COLOURS = BLUE, RED, GREEN, ORANGE, "#CC79A7", GREY  # of Okabe and Ito; with a dash each
 DASHES = "-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))
-
-
-def where(rows, **wanted):
-    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
 def last(rows, by="step"):
@@ -185,7 +182,7 @@ def over_fitting(rows):
     names = {size: f"{size:,.0f} pairs" for size in sorted(set(values(shown, "pairs")))}
     lines(axes[0], shown, "step", "held_out_accuracy", "pairs", names)
     lines(axes[1], shown, "step", "kl", "pairs", names)
-    axes[0].set(ylabel="accuracy (thin: on its own pairs)", title="DPO, clean labels")
+    axes[0].set(ylabel="accuracy (thin: own pairs, seed 0)", title="DPO, clean labels")
     for i, size in enumerate(names):
         mine = where(shown, pairs=size, seed=0)
         axes[0].plot(values(mine, "step"), values(mine, "train_accuracy"), color=COLOURS[i], lw=0.7)

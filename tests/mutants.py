@@ -35,7 +35,7 @@ TESTS = [
 ]
 FILES = [
     *("dpo.py", "data.py", "model.py", "train.py"),
-    *(f"experiments/{x}.py" for x in ("losses", "lab", "rlhf", "frontier")),
+    *(f"experiments/{x}.py" for x in ("losses", "lab", "rlhf", "frontier", "claims", "verdicts")),
 ]
 
 
@@ -306,6 +306,15 @@ PLANTED = [
     ("PPO: adaptive beta the wrong way", "experiments/rlhf.py",
      "beta * (1 + 0.1 *", "beta * (1 - 0.1 *"),
     ("PPO: place in the listing", "experiments/rlhf.py", "+ token + 1", "+ token"),
+    ("PPO: filling counted in the loss", "experiments/rlhf.py", "losses[mask].mean()",
+     "losses.mean()"),
+    ("PPO: filling counted in the critic's error", "experiments/rlhf.py", "errors[mask].mean()",
+     "errors.mean()"),
+    ("PPO: critic never trained", "experiments/rlhf.py", " + errors[mask].mean()", ""),
+    ("leak: pairs drawn from the reference in every round", "experiments/claims.py",
+     "draw_pairs(policy, pairs", "draw_pairs(ref, pairs"),
+    ("leak: grammatical answers counted twice", "experiments/claims.py",
+     "(paired & ~grammatical)", "paired"),
     ("frontier: Best-of-N forgets ties below", "experiments/frontier.py",
      "below.clamp(min=0) ** n", "0"),
     ("frontier: win rate without ties", "experiments/frontier.py", " + (margins == 0) / 2", ""),

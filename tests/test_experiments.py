@@ -1,4 +1,4 @@
-"""The road that DPO leaves out, and the exact curve: values by hand, by listing, by drawing."""
+"""The road that DPO leaves out, and the exact curve: values by hand, by listing, by descent."""
 
 import itertools
 import math
@@ -8,8 +8,9 @@ import torch
 
 import data
 import dpo
-from experiments import frontier, lab, rlhf
+from experiments import claims, frontier, lab, rlhf
 from experiments.lab import WORLD
+from test_dpo import expect
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +20,6 @@ def sft():
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return model, lab.listed(model).detach()
-
-
-def close(got, expected, why, tolerance=1e-6):
-    got = torch.as_tensor(got, dtype=torch.float64)
-    expected = torch.as_tensor(expected, dtype=torch.float64)
-    message = f"{why}: expected {expected.tolist()}, got {got.tolist()}"
-    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance, msg=message)
 
 
 # lab.py
@@ -45,9 +39,9 @@ def test_training_through_the_table_is_training_on_pair_rows(sft):
     plain = dpo.response_logps(model, data.collate(rows, range(64)))
     plain = dpo.dpo_loss(*plain, *start[x, both].float(), beta=0.7).losses
     theirs = torch.autograd.grad(plain.mean(), list(model.parameters()))
-    close(losses.detach(), plain.detach(), "losses of the table and of pair rows", 1e-5)
+    expect(losses.detach(), plain.detach(), "losses of the table and of pair rows", 1e-5)
     for a, b in zip(ours, theirs):
-        close(a, b, "gradients through the table and through pair rows", 1e-5)
+        expect(a, b, "gradients through the table and through pair rows", 1e-5)
 
 
 def test_lengths_and_grammar_of_the_listed_answers():
@@ -83,14 +77,14 @@ def test_agreement_by_hand(monkeypatch):
     rewards[:, at] = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
     monkeypatch.setattr(lab.WORLD, "rewards", WORLD.rewards[:1])
     found = lab.agreement(rewards[:1], ref[:1])
-    close(found["pair_accuracy"], 0.06 / 0.31, "pairs weighed as pi_ref draws them")
+    expect(found["pair_accuracy"], 0.06 / 0.31, "pairs weighed as pi_ref draws them")
 
     def sigma(m):
         return 1 / (1 + math.exp(-m))
 
     apart = 0.15 * (sigma(4) - sigma(-1)) + 0.1 * (sigma(2) - sigma(-2))
     apart += 0.06 * (sigma(2) - sigma(1))
-    close(found["probability_error"], apart / 0.31, "|sigma(r - r') - p|, weighed alike")
+    expect(found["probability_error"], apart / 0.31, "|sigma(r - r') - p|, weighed alike")
 
 
 def test_flipped_labels_and_pairs_of_one_prompt(monkeypatch, sft):
@@ -124,7 +118,7 @@ def test_reward_model_reads_the_last_token_of_the_answer(sft):
         ids = ids or encode(y)
         alone = model(torch.tensor([WORLD.prompt_ids[1].tolist() + ids]))[0, -1]
         row = rlhf.score(model, torch.tensor([1]), torch.tensor([place[y]]))[0]
-        close(row.detach(), alone.item(), f"reward of {y!r}", 1e-5)
+        expect(row.detach(), alone.item(), f"reward of {y!r}", 1e-5)
 
 
 def test_reward_model_starts_at_log_2_and_learns_eq2(sft):
@@ -132,15 +126,32 @@ def test_reward_model_starts_at_log_2_and_learns_eq2(sft):
     model, ref = sft
     zero = rlhf.score(rlhf.Scalar(model), torch.tensor([0, 1]), torch.tensor([5, 900]))
     loss = dpo.reward_model_loss(zero[:1], zero[1:])
-    close(loss.detach(), [math.log(2)], "Eq. 2 where both rewards are 0")
+    expect(loss.detach(), [math.log(2)], "Eq. 2 where both rewards are 0", 1e-6)
     drawn = WORLD.draw_pairs(ref, 20_000, "hard", torch.Generator().manual_seed(0))
     rewards = rlhf.train_reward_model(model, drawn, epochs=2)
-    close((ref.exp() * rewards).sum(-1), [0.0, 0.0], "E_ref[r_phi], section 3")
+    expect((ref.exp() * rewards).sum(-1), [0.0, 0.0], "E_ref[r_phi], section 3")
     found = lab.agreement(rewards, ref)
     assert found["pair_accuracy"] > 0.7, f"Eq. 2 has learnt to rank the wrong way round? {found}"
 
 
 # rlhf.py: PPO
+
+
+def test_ppo_loss_counts_what_the_mask_counts(sft):
+    """Where the policy is still the old one: -mean A, plus mean return^2 for a critic of zeros."""
+    model, _ = sft
+    critic, places = rlhf.Scalar(model), torch.tensor([0, 7, 55, 1000])  # of 0, 1, 2, 3 words
+    ids = torch.cat([WORLD.prompt_ids[torch.tensor([0, 1, 1, 0])], rlhf.ANSWERS[places]], 1)
+    mask = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 1]]).bool()
+    old = rlhf.token_logps(model, ids).detach()
+    advantages = torch.where(mask, torch.arange(12.0).view(4, 3), 99.0)  # 0, 3, 4, 6, 7, ..., 11
+    returns = torch.where(mask, 2.0, 99.0)
+    loss = rlhf.ppo_loss(model, critic, ids, old, advantages, returns, mask, 0.2)
+    expect(loss, -58 / 9 + 4, "PPO's loss at the old policy; is the filling after END in it?", 1e-5)
+    loss.backward()
+    assert critic.head.bias.grad.item() == pytest.approx(-4), "d mean (V - 2)^2 / d V at V = 0"
+    assert any(parameter.grad.any() for parameter in model.parameters()), "no slope for the policy"
+    model.zero_grad()
 
 
 def test_place_of_finds_every_answer():
@@ -156,26 +167,28 @@ def test_gae_by_hand():
     advantages, returns = rlhf.gae(rewards, values, mask, lam=0.5)
     # row 1: delta_2 = 2 - 0.4 = 1.6, delta_1 = 0.5 + 0.4 - 1 = -0.1; A_1 = -0.1 + 0.5 * 1.6
     # row 2: deltas 0.1, 0.1, 0.6: A_3 = 0.6, A_2 = 0.1 + 0.3 = 0.4, A_1 = 0.1 + 0.2 = 0.3
-    close(advantages, [[0.7, 1.6, 0.0], [0.3, 0.4, 0.6]], "advantages, GAE's Eq. 16")
-    close(returns[mask], [1.7, 2.0, 0.5, 0.7, 1.0], "returns, A + V")
+    expect(advantages, [[0.7, 1.6, 0.0], [0.3, 0.4, 0.6]], "advantages, GAE's Eq. 16", 1e-6)
+    expect(returns[mask], [1.7, 2.0, 0.5, 0.7, 1.0], "returns, A + V", 1e-6)
     plain, _ = rlhf.gae(rewards, values, mask, lam=1.0)
-    close(plain[:, 0], [2.5 - 1.0, 1.0 - 0.2], "at lambda 1: the reward still to come, less V")
+    expect(
+        plain[:, 0], [2.5 - 1.0, 1.0 - 0.2], "at lambda 1: the reward still to come, less V", 1e-6
+    )
     one_step, _ = rlhf.gae(rewards, values, mask, lam=0.0)
-    close(one_step[mask], [-0.1, 1.6, 0.1, 0.1, 0.6], "at lambda 0: delta alone")
+    expect(one_step[mask], [-0.1, 1.6, 0.1, 0.1, 0.6], "at lambda 0: delta alone", 1e-6)
 
 
 def test_ppo_clips_on_the_side_that_the_advantage_asks_for():
     """Arxiv 1707.06347, Eq. 7 and its Figure 1, at ratios 0.5, 1.1 and 1.5 with clip 0.2."""
-    ratios = torch.tensor([0.5, 1.1, 1.5]).double()
+    ratios = torch.tensor([0.5, 1.1, 1.5], dtype=torch.float64)
     for sign, losses, slopes in (
         (1.0, [-0.5, -1.1, -1.2], [-0.5, -1.1, 0.0]),  # better: no more once above 1.2
         (-1.0, [0.8, 1.1, 1.5], [0.0, 1.1, 1.5]),  # worse: no less once below 0.8
     ):
         logps = ratios.log().requires_grad_()
         loss = rlhf.clipped_loss(logps, torch.zeros(3), torch.full((3,), sign), 0.2)
-        close(loss.detach(), losses, f"clipped loss, advantage {sign}")
+        expect(loss.detach(), losses, f"clipped loss, advantage {sign}")
         (slope,) = torch.autograd.grad(loss.sum(), logps)
-        close(slope, slopes, f"its slope in log pi, advantage {sign}: 0 beyond the clip")
+        expect(slope, slopes, f"its slope in log pi, advantage {sign}: 0 beyond the clip")
 
 
 def test_token_rewards_add_up_to_section_3s_reward(sft):
@@ -188,10 +201,10 @@ def test_token_rewards_add_up_to_section_3s_reward(sft):
     with torch.no_grad():
         logps, of_ref = rlhf.token_logps(other, ids), rlhf.token_logps(model, ids)
         table = lab.listed(other)
-        close((logps * mask).sum(1), table[x, y], "token log-probs against the listed ones", 1e-5)
+        expect((logps * mask).sum(1), table[x, y], "token log-probs against the listed ones", 1e-5)
         got = rlhf.token_rewards(WORLD.rewards[x, y].float(), logps, of_ref, mask, 0.3)
     wanted = WORLD.rewards[x, y] - 0.3 * (table - ref)[x, y]
-    close(got.sum(1), wanted, "sum over tokens", 1e-5)
+    expect(got.sum(1), wanted, "sum over tokens", 1e-5)
     assert (got[~mask] == 0).all()
 
 
@@ -206,12 +219,36 @@ def test_ppo_climbs_eq3_and_holds_a_target_kl(sft):
     gained = (end["objective"] - start["objective"]) / (best["objective"] - start["objective"])
     assert 0.4 < gained <= 1, f"PPO on r* gained {gained:.0%} of what pi* of Eq. 4 gains"
     assert rlhf.next_beta(2.0, 0.3, 0.3) == 2.0, "KL on its target: beta stays"
-    close(rlhf.next_beta(2.0, 0.33, 0.3), 2.02, "10% above the target: beta 1% up")
-    close(rlhf.next_beta(2.0, 9.0, 0.3), 2.04, "far above: 2%, no more")
-    close(rlhf.next_beta(2.0, 0.0, 0.3), 1.96, "far below: 2% down, no more")
+    expect(rlhf.next_beta(2.0, 0.33, 0.3), 2.02, "10% above the target: beta 1% up")
+    expect(rlhf.next_beta(2.0, 9.0, 0.3), 2.04, "far above: 2%, no more")
+    expect(rlhf.next_beta(2.0, 0.0, 0.3), 1.96, "far below: 2% down, no more")
     *_, (_, leashed) = rlhf.ppo(model, WORLD.rewards, 0, target_kl=0.2, samples=30 * 512)
     assert lab.measure(leashed, ref)["kl"] < 0.6 * end["kl"], "the adaptive beta holds KL down"
     assert all(torch.equal(a, b) for a, b in zip(kept, model.parameters())), "reference moved"
+
+
+# claims.py
+
+
+def test_leak_says_where_all_the_mass_is_and_draws_from_the_policy(monkeypatch, sft):
+    """Three kinds of answers share the mass; each round draws from the policy as it then is."""
+    monkeypatch.setattr(claims, "sft", lambda *_: sft[0])
+    seen_by, draw_pairs = [], WORLD.draw_pairs
+    monkeypatch.setattr(
+        WORLD, "draw_pairs", lambda logps, *rest: seen_by.append(logps) or draw_pairs(logps, *rest)
+    )
+    settings = dict(slip=0.0, pairs=2048, lr=1e-2, sft_weight=0.0, rounds=2)
+    rows = list(claims.leak(WORLD, 0, 20_480, **settings))
+    first, end = rows[0], rows[-1]
+    assert (first["margin"], first["accuracy"], first["gap_closed"]) == (0, 0.5, 0), "the reference"
+    assert end["pairs_seen"] == 20_480 and end["accuracy"] > 0.6 and end["gap_closed"] != 0
+    for row in rows:
+        total = row["grammatical"] + row["other_paired"] + row["in_no_pair"]
+        assert total == pytest.approx(1, abs=1e-6), row
+    grammatical = sft[1].exp()[:, lab.GRAMMATICAL].sum(-1).mean()
+    expect(first["grammatical"], grammatical, "mass of the reference on [not] [very] opinion", 1e-6)
+    assert len(seen_by) == 2 and torch.equal(seen_by[0], sft[1]), "first from the reference"
+    assert dpo.kl_divergence(seen_by[1], seen_by[0]).min() > 0.01, "then from the trained policy"
 
 
 # frontier.py
@@ -229,7 +266,7 @@ def test_best_of_n_is_the_law_of_the_best_of_n_draws():
             for i in best:
                 law[i] += chance / len(best)
         got = frontier.best_of_n(probs.log(), rewards, n)
-        close(got.exp(), law, f"Best-of-{n}: F^n - F(r-)^n", 1e-12)
+        expect(got.exp(), law, f"Best-of-{n}: F^n - F(r-)^n", 1e-12)
         kl = dpo.kl_divergence(got, probs.log()).item()
         assert kl <= math.log(n) - (n - 1) / n + 1e-12, "its known bound"
 
@@ -241,7 +278,7 @@ def test_closed_forms_of_preferred_ft_and_unlikelihood():
     p = (rewards[:, None] - rewards).sigmoid() * ref.exp()[:, None] * ref.exp() * 2  # y beats y'
     won, lost = p.sum(1), p.sum(0)
     threshold = frontier.unlikelihood_optimum(ref, rewards, "hard")[1]
-    close(threshold, (won / lost).min(), "alpha up to which unlikelihood has a minimum", 1e-12)
+    expect(threshold, (won / lost).min(), "alpha up to which unlikelihood has a minimum", 1e-12)
     for alpha in (0.0, threshold / 2):
         logits = torch.zeros(4).double().requires_grad_()
         optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-12)
@@ -255,13 +292,13 @@ def test_closed_forms_of_preferred_ft_and_unlikelihood():
 
         optimizer.step(loss)
         got, _ = frontier.unlikelihood_optimum(ref, rewards, "hard", alpha)
-        close(got, logits.detach().log_softmax(-1), f"alpha {alpha:.3f}", 1e-5)
+        expect(got, logits.detach().log_softmax(-1), f"alpha {alpha:.3f}", 1e-5)
 
 
 def test_preferred_ft_with_deterministic_labels_is_best_of_2(sft):
     ref, rewards = sft[1][0], WORLD.rewards[0]
     preferred, _ = frontier.unlikelihood_optimum(ref, rewards, "deterministic")
-    close(preferred, frontier.best_of_n(ref, rewards, 2), "2 pi_ref s = best of 2", 1e-9)
+    expect(preferred, frontier.best_of_n(ref, rewards, 2), "2 pi_ref s = best of 2", 1e-9)
 
 
 def test_nothing_lies_above_the_exact_curve_and_the_check_can_fail(sft):
