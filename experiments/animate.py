@@ -1,0 +1,75 @@
+"""assets/dpo.gif: DPO moves the policy from the reference to the exact optimum of Eq. 4.
+
+    python -m experiments.animate
+
+Left, what it says after one prompt; right, its reward and its KL, which no policy can do better
+than the black curve. The small world, seed 0, 100,000 pairs labelled by Bradley-Terry.
+"""
+
+from pathlib import Path
+
+import torch
+from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.figure import Figure
+
+import dpo
+from experiments import frontier, lab
+from experiments.lab import BETA, WORLD
+from experiments.verdicts import BLUE, GREY, RED
+
+FILM = 0  # the prompt
+
+
+def answers_to_show(ref, best):
+    """The answers to FILM that most matter in one of the two, places sorted by r*."""
+    likely = torch.cat([ref[FILM].topk(10).indices, best[FILM].topk(8).indices]).unique()
+    return likely[WORLD.rewards[FILM, likely].argsort(stable=True)]
+
+
+def animate(walk, ref, path):
+    """walk: (step, log pi (P, Y)) of each frame, the reference first -> a GIF at path."""
+    best, _ = dpo.optimal_policy(ref, WORLD.rewards, BETA)
+    shown, rows = answers_to_show(ref, best), [lab.measure(logps, ref) for _, logps in walk]
+    before, after = ref[FILM, shown].exp(), best[FILM, shown].exp()
+    widest = max(logps[FILM, shown].max().exp() for logps in (best, *(logps for _, logps in walk)))
+    fig = Figure(figsize=(9.6, 4.0), dpi=80, layout="constrained")
+    left, right = fig.subplots(1, 2, width_ratios=(1.15, 1))
+
+    places = range(len(shown))
+    bars = left.barh(places, before, color=BLUE, label="policy")
+    left.plot(before, places, "|", color=GREY, markersize=11, mew=2, label="reference")
+    left.plot(after, places, "|", color=RED, markersize=11, mew=3, label="exact optimum, Eq. 4")
+    left.set_yticks(places, [f"{WORLD.answers[y]} {WORLD.rewards[FILM, y]:+.1f}" for y in shown])
+    left.set(xlabel='probability after "The film was"', xlim=(0, 1.03 * widest))
+    left.set(ylabel="answer and its true reward r*")
+    left.legend(loc="lower right")
+
+    kl, height, _ = frontier.frontier(ref)
+    right.plot(kl, height, color="black", label="Eq. 4 for every beta: the most there is")
+    (trail,) = right.plot([], [], ".-", color=BLUE, label="policy")
+    goal = lab.measure(best, ref)
+    right.plot(goal["kl"], goal["expected_reward"], "*", color=RED, markersize=14)
+    right.set(xlabel="KL(pi || pi_ref), nats", ylabel="E[r*], true reward", xlim=(-0.03, 1.3))
+    right.set_ylim(-0.5, 2.7)
+    right.legend(loc="lower right", fontsize=9)
+
+    def frame(i):
+        for bar, p in zip(bars, walk[i][1].exp()[FILM, shown]):
+            bar.set_width(p.item())
+        trail.set_data(*([row[key] for row in rows[: i + 1]] for key in ("kl", "expected_reward")))
+        closed = f"{rows[i]['gap_closed']:.0%} of the gap closed"
+        fig.suptitle(f"DPO, step {walk[i][0]}: {closed}", family="monospace")
+
+    stay = [0] * 8 + list(range(len(walk))) + [len(walk) - 1] * 20  # a while at either end
+    FuncAnimation(fig, frame, stay).save(path, PillowWriter(fps=10))
+
+
+def main(path=Path("assets/dpo.gif"), frames=48):
+    _, ref = lab.reference(0)
+    looks = {round(lab.STEPS * (i / (frames - 1)) ** 2.5) for i in range(frames)}
+    walk = [(step, logps) for step, logps in lab.train_dpo(0) if step in looks]
+    animate(walk, ref, path)
+
+
+if __name__ == "__main__":
+    main()
