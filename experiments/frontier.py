@@ -194,19 +194,22 @@ def table(rows, curves):
     return out
 
 
-def show(shares, seeds):
-    """The table in Markdown: mean over seeds of best E[r*], and its share of the exact curve."""
+def markdown(shares, seeds):
+    """Both tables: mean over seeds of the best E[r*], and its share of the exact curve's rise."""
+    lines = []
     for labels in ("hard", "deterministic"):
-        print(f"\n{labels} labels; best E[r*] and share of the exact curve, {seeds} seeds\n")
-        print("| method |", " | ".join(f"KL at most {budget:g}" for budget in BUDGETS), "|")
-        print("|---" * (len(BUDGETS) + 1) + "|")
+        title = f"{labels} labels; best E[r*] and share of the exact curve's rise, {seeds} seeds"
+        budgets = " | ".join(f"KL at most {budget:g}" for budget in BUDGETS)
+        lines += [title, "", f"| method | {budgets} |", "|---" * (len(BUDGETS) + 1) + "|"]
         for method in STYLE:
             cells = []
             for budget in BUDGETS:
                 mine = lab.where(shares, labels=labels, method=method, budget=budget)
                 best, share = (lab.spread([s[key] for s in mine]) for key in ("best", "share"))
                 cells.append(f"{best} ({share})")
-            print(f"| {method} |", " | ".join(cells), "|")
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def draw(rows, curves, path):
@@ -257,8 +260,9 @@ def main():
     names = "seed", "beta", "kl", "expected_reward"
     lab.save_csv(folder / "frontier_curve.csv", [dict(zip(names, point)) for point in points])
     draw(rows, curves, folder / "frontier.png")
-    show(shares, len(seeds))
-    print(f"\n{len(rows)} policies, none above the exact curve; see {folder}/frontier.png")
+    (folder / "frontier.md").write_text(markdown(shares, len(seeds)))
+    print((folder / "frontier.md").read_text())
+    print(f"{len(rows)} policies, none above the exact curve; see {folder}/frontier.png")
 
 
 if __name__ == "__main__":

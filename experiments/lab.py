@@ -249,9 +249,12 @@ def spread(values):
     return "{:.2f} ± {:.2f}".format(*mean_sd(values))
 
 
-def show(rows, by, columns):
-    """Print a table in Markdown: for each value of `by`, mean and spread of the columns."""
-    print(f"\n| {by} | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|".replace("_", " "))
+def table(rows, by, columns):
+    """A table in Markdown: for each value of `by`, mean and spread of the columns."""
+    head = f"| {by} | {' | '.join(columns)} |".replace("_", " ")
+    lines = [head, "|---" * (len(columns) + 1) + "|"]
     for name in dict.fromkeys(row[by] for row in rows):
         mine = where(rows, **{by: name})
-        print(f"| {name} |", " | ".join(spread([row[c] for row in mine]) for c in columns), "|")
+        cells = (spread([row[column] for row in mine]) for column in columns)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

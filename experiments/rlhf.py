@@ -290,9 +290,9 @@ def main():
     for name, part in zip(names, (rows, found, curves, calibrated)):
         lab.save_csv(folder / f"{name}.csv", part)
     draw(curves, calibrated, folder / "rlhf.png")
-    lab.show(rows, "system", list(rows[0])[2:])
-    lab.show(found, "rewards", list(found[0])[2:])
-    print(f"\nmean ± standard deviation, {len(seeds)} seeds; see {folder}/rlhf.png")
+    tables = (lab.table(part, list(part[0])[1], list(part[0])[2:]) for part in (rows, found))
+    (folder / "rlhf.md").write_text(text := "\n".join(tables))
+    print(f"{text}\nmean ± standard deviation, {len(seeds)} seeds; see {folder}/rlhf.png")
 
 
 if __name__ == "__main__":

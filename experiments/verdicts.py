@@ -200,7 +200,7 @@ def over_fitting(rows):
     axes[2].legend(fontsize=8)
     clean = where(ends, loss="dpo", flipped=0.0)
     keys = dict(train_accuracy="train", held_out_accuracy="held out", gap_closed="gap closed")
-    text = "; ".join(f"{n:,.0f} pairs: {told(where(clean, pairs=n), **keys)}" for n in sizes)
+    text = "; ".join(f"{n:,.0f} pairs: {told(where(clean, pairs=n), **keys)}" for n in names)
     few, many = (where(clean, pairs=n) for n in (sizes[0], sizes[-1]))
     gaps = [mean(x, "train_accuracy") - mean(x, "held_out_accuracy") for x in (few, many)]
     holds = gaps[0] > 0.1 > 0.02 > gaps[1] and mean(few, "gap_closed") < 0

@@ -1,9 +1,12 @@
 """DPO_MODULE=my_dpo: a right solution of the exercises passes, a wrong one is told its mistake."""
 
 import os
+import re
 import subprocess
 import sys
+from itertools import count
 
+import handout
 import pytest
 
 RIGHT = """
@@ -103,3 +106,64 @@ def test_a_wrong_solution_is_told_its_mistake(root, tmp_path, right):
     assert right in RIGHT
     status, printed = grade(root, tmp_path, RIGHT.replace(right, wrong), path, words)
     assert status == 1 and says in printed, printed
+
+
+# The hand-out
+
+
+def exercises(root):
+    """What README's table types for exercise 1, 2, ...: the arguments of `python -m pytest`."""
+    rows = re.findall(r"^\| \d\. .*?`python -m pytest (.*?)`.*\|$", readme(root), re.MULTILINE)
+    return [[a.strip('"') for a in re.findall(r'"[^"]+"|\S+', row)] for row in rows]
+
+
+def readme(root):
+    return (root / "README.md").read_text()
+
+
+def test_the_notebook_and_readme_grade_alike(root):
+    import nbformat
+
+    cells = nbformat.read(root / "notebook.ipynb", as_version=4).cells
+    commands = re.findall(r"`(python -m pytest [^`]+)`", readme(root).split("## Exercises")[1])
+    assert commands[:8] == re.findall(r"`(python -m pytest [^`]+)`", cells[-1].source)
+
+
+def test_the_hand_out_holds_no_solution(root):
+    """Signature, docstring and NotImplementedError; everything else is dpo.py word for word."""
+    source = (root / "dpo.py").read_text()
+    stubs = handout.without_bodies(source).splitlines()
+    raised = [line for line in stubs if "raise NotImplementedError" in line]
+    assert len(raised) == sum(map(len, handout.EXERCISES.values())) == 16
+    assert not [line for line in stubs if line not in source.splitlines() and line not in raised]
+    for gone in (
+        "logsigmoid(margins)",
+        "logsumexp",
+        "logcumsumexp",
+        "beta * (policy_logps",
+        "relu",
+    ):
+        assert gone in source and gone not in "\n".join(stubs), gone
+
+
+def test_the_exercises_in_their_order(root, tmp_path, monkeypatch):
+    """In the hand-out: exercise n says so before it is written, and passes once 1 to n are."""
+    source, every = (root / "dpo.py").read_text(), handout.EXERCISES
+    commands = exercises(root)
+    assert len(commands) == 8
+    started = []
+    for done, command in zip(count(), commands[:7]):
+        for written in (done, done + 1):
+            folder = tmp_path / f"{done + 1}-{written}"
+            handout.hand_out(folder)
+            left = {n: names for n, names in every.items() if n > written}
+            monkeypatch.setattr(handout, "EXERCISES", left)
+            (folder / "dpo.py").write_text(handout.without_bodies(source))
+            monkeypatch.setattr(handout, "EXERCISES", every)
+            run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *command]
+            pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            started.append((done + 1, written, subprocess.Popen(run, cwd=folder, **pipes)))
+        for n, written, process in started[-2:]:
+            printed, _ = process.communicate()
+            assert (process.returncode == 0) == (written == n), printed
+            assert written == n or f"exercise {n}: " in printed, printed

@@ -2,17 +2,25 @@
 
 import ast
 import csv
+import gzip
+import json
 import math
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import fields
 
+import nbformat
+import pytest
 import torch
 
+import data
 import dpo
 import train
 from experiments import frontier, lab, verdicts
 from experiments import losses as more
+from test_notebook import printed_by, steps_of
 
 
 ROW = re.compile(r"^\| (.*) \| `(\w+)` \| `(test_\w+)` \|$", re.MULTILINE)
@@ -32,8 +40,10 @@ def test_commands_flags_and_names(root):
     flags = {"--" + field.name.replace("_", "-") for field in fields(train.Config)}
     flags |= {"--no-decay", "--help", "--generated", "--quick"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= flags
-    for name in re.findall(r"`((?:\w+/)*\w+\.(?:py|ipynb|txt|md))`", readme):
-        assert name == "my_dpo.py" or (root / name).exists(), name
+    named = re.findall(r"`((?:\w+/)*\w+\.(?:py|ipynb|txt|md))`", readme)
+    linked = re.findall(r"\]\((?!https:)([^)]+)\)", readme)
+    for name in named + linked:
+        assert name in ("my_dpo.py", "grading/dpo.py") or (root / name).exists(), name
     for name in re.findall(r"`(\w+_loss)`", readme):
         assert name == "my_loss" or hasattr(dpo, name) or hasattr(more, name), name
 
@@ -73,23 +83,12 @@ def test_every_number_cited_in_dpo_has_its_row_and_its_test(root):
     assert cited >= {1, 2, 3, 4, 5, 6, 7, 18, 19}
 
 
-def test_every_exercise_picks_tests(root):
-    """Each word of a `-k` under Exercises stands in the name of some test of that file."""
-    readme = (root / "README.md").read_text()
-    graded = r'DPO_MODULE=my_dpo python -m pytest -x (\S+) -k (?:"([\w ]+)"|(\w+))'
-    commands = [(path, a or b) for path, a, b in re.findall(graded, readme)]
-    assert len(commands) == 6
-    for path, wanted in commands:
-        names = re.findall(r"^def (test_\w+)", (root / path).read_text(), re.MULTILINE)
-        for word in wanted.split(" or "):
-            assert any(word in name for name in names), (path, word)
-
-
 def test_the_training_commands_parse(root, tmp_path, monkeypatch):
     """The command line takes every `python train.py ...` of README."""
     text = (root / "README.md").read_text()
     commands = re.findall(r"\bpython train\.py( [^`\n|&,]*)?", text)
     assert len(commands) >= 10
+    monkeypatch.setitem(dpo.LOSSES, "my_loss", dpo.ipo_loss)  # exercise 8
     (tmp_path / "my_dpo.py").write_text("from dpo import dpo_loss as my_loss")
     (tmp_path / "experiments").symlink_to(root / "experiments")
     monkeypatch.chdir(tmp_path)
@@ -184,17 +183,19 @@ def test_readme_shows_the_claims_as_measured(root):
         assert row == line, f"assets/claims.md is out of date: {claim.__name__}"
 
 
-def test_readme_shows_the_frontier_and_rlhf_as_measured(root, capsys):
-    """Their tables in README are those that the commands print from the CSV files in assets/."""
-    frontier.show(lab.load_csv(root / "assets" / "frontier_shares.csv"), 5)
-    for name, by in (("rlhf", "system"), ("rlhf_reward_model", "rewards")):
-        rows = lab.load_csv(root / "assets" / f"{name}.csv")
-        lab.show(rows, by, list(rows[0])[2:])
-    readme = (root / "README.md").read_text()
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(printed) == 2 * (2 + len(frontier.STYLE)) + 2 + 6 + 2 + 2
-    for line in printed:
-        assert line in readme, f"out of date in README: {line}"
+def test_the_tables_in_assets_are_as_measured(root):
+    """The Markdown that README links to follows from the CSV files beside it."""
+    assets = root / "assets"
+    shares = lab.load_csv(assets / "frontier_shares.csv")
+    text = frontier.markdown(shares, 5)
+    assert (assets / "frontier.md").read_text() == text
+    assert text.count("\n| ") == 2 * (1 + len(frontier.STYLE))
+    files = "rlhf.csv", "rlhf_reward_model.csv"
+    parts = [lab.load_csv(assets / name) for name in files]
+    tables = [
+        lab.table(rows, by, list(rows[0])[2:]) for rows, by in zip(parts, ("system", "rewards"))
+    ]
+    assert (assets / "rlhf.md").read_text() == "\n".join(tables)
 
 
 DOCTORED = {  # what would have to be measured for the other verdict
@@ -217,3 +218,70 @@ def test_the_verdicts_can_be_the_other_ones(root):
         changed = [row | DOCTORED[claim.__name__](row) for row in rows]
         wanted = claim.__name__ in ("little_tuning", "as_good_or_better")
         assert bool(claim(changed)[3]) == wanted, claim.__name__
+
+
+# What a reader is promised
+
+
+def test_the_questions_are_answered_by_the_notebook(root):
+    """Ten answers; each names its steps, and its numbers are what the saved notebook prints there."""
+    readme = (root / "README.md").read_text()
+    section = readme.split("## Questions that everyone asks")[1].split("\n## ")[0]
+    answers = re.findall(
+        r"^\d+\. \*\*(.*?)\*\* \(steps? ([\d, ]+)\)(.*?)(?=^\d+\. |\Z)", section, re.M | re.S
+    )
+    assert len(answers) == 10
+    notebook = nbformat.read(root / "notebook.ipynb", as_version=4)
+    printed = {step: printed_by(cells) for step, cells in steps_of(notebook).items()}
+    for question, steps, answer in answers:
+        known = [
+            float(n) for s in steps.split(", ") for n in re.findall(r"-?\d+\.\d+", printed[int(s)])
+        ]
+        for number in re.findall(r"-?\d+\.\d+", answer):
+            digits = len(number.split(".")[1])
+            near = {round(abs(value), digits) for value in known} | {
+                round(v, digits) for v in known
+            }
+            assert float(number) in near, f"{question} {number} is not printed in steps {steps}"
+
+
+def test_the_recipe_for_a_public_set(root, tmp_path, monkeypatch, capsys):
+    """README's lines of Python on dialogues: shared turns are the prompt, odd rows are left out."""
+    talk = "\n\nHuman: Hi.\n\nAssistant: Hello. Assistant: here.\n\nHuman: Why?\n\nAssistant:"
+    rows = [
+        (talk + " Since.", talk + " No."),
+        (talk + " Yes.", talk),
+        (talk + " A.", "\n\nHuman: B."),
+    ]
+    with gzip.open(tmp_path / "train.jsonl.gz", "wt", encoding="utf-8") as file:
+        for chosen, rejected in rows:
+            print(json.dumps({"chosen": chosen, "rejected": rejected}), file=file)
+    monkeypatch.chdir(tmp_path)
+    (recipe,) = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.S)
+    exec(recipe, {})
+    (tmp_path / "pairs.jsonl").write_text(capsys.readouterr().out)
+    assert data.load_pairs(tmp_path / "pairs.jsonl") == [(talk, " Since.", " No.")]
+
+
+@pytest.mark.notebook
+def test_the_first_command_prints_what_readme_shows(root, tmp_path):
+    """`python train.py`, with the numbers that another machine may get; samples are free."""
+    readme = (root / "README.md").read_text()
+    block = next(b for b in re.findall(r"```\n(.*?)```", readme, re.S) if "samples before" in b)
+    command = [sys.executable, str(root / "train.py")]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    number = re.compile(r"-?\d+\.?\d*")
+    shown, printed = (
+        {number.sub("#", line): number.findall(line) for line in text.splitlines()[::-1]}
+        for text in (block, ran)
+    )
+    for shape, wanted in shown.items():
+        if shape != "..." and not shape.startswith("The "):  # a sample
+            assert shape in printed, f"nothing like this was printed: {shape}"
+    assert block.splitlines()[0].split("  ")[:4] == ran.splitlines()[3].split("  ")[:4], "log 2"
+    for row in ("reference", "dpo", "optimum"):
+        got, wanted = (
+            list(map(float, next(re.finditer(rf"^{row} .*$", text, re.M))[0].split()[1:]))
+            for text in (ran, block)
+        )
+        assert all(abs(a - b) < 0.03 * (1 + abs(b)) for a, b in zip(got, wanted)), (row, got)
