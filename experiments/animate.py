@@ -30,8 +30,8 @@ def animate(walk, ref, path):
     """walk: (step, log pi (P, Y)) of each frame, the reference first -> a GIF at path."""
     best, _ = dpo.optimal_policy(ref, WORLD.rewards, BETA)
     shown, rows = answers_to_show(ref, best), [lab.measure(logps, ref) for _, logps in walk]
-    before, after = ref[FILM, shown].exp(), best[FILM, shown].exp()
-    widest = max(logps[FILM, shown].max().exp() for logps in (best, *(logps for _, logps in walk)))
+    before, after = (logps[FILM, shown].exp().tolist() for logps in (ref, best))
+    widest = max(logps[FILM].max().exp().item() for logps in (best, *(logps for _, logps in walk)))
     fig = Figure(figsize=(9.6, 4.0), dpi=80, layout="constrained")
     left, right = fig.subplots(1, 2, width_ratios=(1.15, 1))
 
@@ -44,7 +44,7 @@ def animate(walk, ref, path):
     left.set(ylabel="answer and its true reward r*")
     left.legend(loc="lower right")
 
-    kl, height, _ = frontier.frontier(ref)
+    kl, height, _ = frontier.frontier(ref).tolist()
     right.plot(kl, height, color="black", label="Eq. 4 for every beta: the most there is")
     (trail,) = right.plot([], [], ".-", color=BLUE, label="policy")
     goal = lab.measure(best, ref)
