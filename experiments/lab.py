@@ -203,7 +203,7 @@ def run_jobs(work, jobs, seconds):
 def parse(description):
     """--quick or the full run -> (quick, folder): out/quick, or assets, which README shows."""
     parser = argparse.ArgumentParser(description=description)
-    help = "fewer seeds and settings, at most 3 minutes on two cores; writes to out/quick"
+    help = "fewer seeds and settings, at most 2 minutes on two cores; writes to out/quick"
     parser.add_argument("--quick", action="store_true", help=help)
     quick = parser.parse_args().quick
     folder = Path("out/quick" if quick else "assets")
