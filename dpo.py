@@ -31,7 +31,7 @@ def reward_model_loss(chosen_rewards, rejected_rewards):
 
 
 def kl_divergence(logps, other_logps):
-    """KL(pi || other) in nats; the last dimension lists every answer: (..., Y) -> (...)."""
+    """KL(pi || other) in nats, 0 log 0 being 0; the last dimension lists every answer: (..., Y)."""
     probs = logps.exp()
     return (probs * torch.where(probs > 0, logps - other_logps, 0)).sum(-1)  # 0 log 0 = 0
 

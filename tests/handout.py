@@ -1,6 +1,6 @@
 """What a class is handed out: the project in a folder, with the bodies in dpo.py removed.
 
-    python tests/handout.py my_dpo
+    python tests/handout.py assignment
 
 Signatures and docstrings stay. README, *Exercises*, says what to write and how it is graded.
 """

@@ -71,6 +71,7 @@ def test_sequence_logps_is_the_slow_sum():
             "the prompt is counted": slow(lambda x, y: (x[:1], x[1:] + y)),
             "the end token is not counted": slow(lambda x, y: (x, y[:-1])),
             "it is a mean over tokens": wanted / lengths,
+            "float64 is cast down on the way: see at_least_float32": wanted.float(),
             "the logits are not shifted: those at t score token t": unshifted(model, side),
         }
         why = f"log pi(y|x), {side}: logits at t predict token t + 1; sum the answer's tokens only"

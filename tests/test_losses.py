@@ -54,7 +54,9 @@ BY_HAND = {
 def test_family_by_hand(name):
     settings, losses, pull = BY_HAND[name]
     result = dpo.LOSSES[name](*PAIRS, beta=BETA, **settings)
-    expect(getattr(result, "losses", result), losses, f"{name}: the loss at margins 1 and -3.5")
+    expect(
+        getattr(result, "losses", result), losses, f"{name}: f(m) of README's table at m = 1, -3.5"
+    )
     chosen, rejected, *_ = derivatives(dpo.LOSSES[name], PAIRS, beta=BETA, **settings)
     why = f"{name}: descent pulls on grad log pi(y_w) - grad log pi(y_l) with beta (-f'(m))"
     expect(chosen, [-BETA * x for x in pull], why)
@@ -83,7 +85,7 @@ def test_family_is_convex_and_pulls_the_right_way(name):
     grads = derivatives(dpo.LOSSES[name], torch.stack([m / BETA, zero, zero, zero]), beta=BETA)
     assert grads[0, 32] < 0, f"{name}: at a tie f'(0) must be negative, or nothing is learnt"
     expect(grads[1], -grads[0], f"{name}: chosen and rejected are pulled equally hard, apart")
-    result = dpo.LOSSES[name](m / BETA, zero, zero, zero, beta=BETA)
+    result = dpo.LOSSES[name]((m / BETA).requires_grad_(), zero, zero, zero, beta=BETA)
     if hasattr(result, "weights"):
         expect(result.weights, -grads[0] / BETA, f"{name}: weights must be -f'(m)")
         assert not result.weights.requires_grad, f"{name}: weights carry no gradient: detach"
@@ -264,35 +266,52 @@ def test_extreme_log_probs(name):
     logps = torch.cartesian_prod(ends, ends, ends, ends).T  # (4, 81)
     settings = sizes(torch.ones(2, 81)) if name in ("simpo_loss", "orpo_loss") else {}
     result = ALL[name](*logps, **settings)
-    assert getattr(result, "losses", result).isfinite().all(), f"{name}: a loss is not finite"
+    finite = getattr(result, "losses", result).isfinite().all()
+    assert finite, f"{name}: at log-probs of -1e4 a loss is not finite: an exp or a log overflows"
     assert derivatives(ALL[name], logps, **settings).isfinite().all(), f"{name}: a gradient is not"
 
 
 # What is refused, defaults, and what is logged
 
 
-def test_shapes_that_would_broadcast_are_refused():
+def refuses(error, function, *args, **settings):
+    """function(*args) raises this error; if not, say whose fault it is and what to do."""
+    try:
+        function(*args, **settings)
+    except error:
+        return
+    shapes = [tuple(arg.shape) for arg in args if hasattr(arg, "shape")]
+    cure = {AssertionError: f"for shapes {shapes}: call check_shapes", ValueError: "check_settings"}
+    pytest.fail(f"{function.__name__} must raise {error.__name__}, {cure[error]}", pytrace=False)
+
+
+LOSS_LIKE = [dpo.dpo_loss, dpo.dpo_gradient, dpo.describe, *dpo.LOSSES.values()]
+
+
+def test_extreme_rewards():
+    rewards, zero = torch.tensor([1e4, -1e4]), torch.zeros(2)
+    why = "Eq. 2 at margins of 1e4 and -1e4: log(sigmoid(x)) overflows, logsigmoid does not"
+    expect(dpo.reward_model_loss(rewards, zero), [0.0, 1e4], why)
+
+
+@pytest.mark.parametrize("loss", LOSS_LIKE)
+def test_shapes_that_would_broadcast_are_refused(loss):
     """(B, 1) against (B,) would be B * B pairs and a plausible loss."""
-    one_wrong = [PAIRS[0], PAIRS[1], PAIRS[2][:, None], PAIRS[3]]
-    for function in (dpo.dpo_loss, dpo.dpo_gradient, dpo.describe, dpo.ipo_loss):
-        for bad in (one_wrong, [x[:, None] for x in PAIRS]):
-            with pytest.raises(AssertionError):
-                function(*bad, beta=0.5)
+    refuses(AssertionError, loss, PAIRS[0], PAIRS[1], PAIRS[2][:, None], PAIRS[3], beta=0.5)
+    refuses(AssertionError, loss, *PAIRS[..., None], beta=0.5)
+
+
+def test_other_shapes_that_would_broadcast_are_refused():
     for loss in (more.unlikelihood_loss, more.dpop_loss):
-        with pytest.raises(AssertionError):
-            loss(*PAIRS[:1], PAIRS[1][:, None], *PAIRS[2:])
+        refuses(AssertionError, loss, PAIRS[0], PAIRS[1][:, None], *PAIRS[2:])
     for loss in (more.simpo_loss, more.orpo_loss):
-        with pytest.raises(AssertionError):
-            loss(*PAIRS, LENGTHS[0], LENGTHS[1][:, None])
-    with pytest.raises(AssertionError):
-        dpo.reward_model_loss(PAIRS[0], PAIRS[1][:, None])
-    with pytest.raises(AssertionError):
-        dpo.implicit_reward(PAIRS[0], PAIRS[1][:, None], 0.5)
+        refuses(AssertionError, loss, *PAIRS, LENGTHS[0], LENGTHS[1][:, None])
+    refuses(AssertionError, dpo.reward_model_loss, PAIRS[0], PAIRS[1][:, None])
+    refuses(AssertionError, dpo.implicit_reward, PAIRS[0], PAIRS[1][:, None], 0.5)
     for shapes in (((2, 3), (1, 3)), ((3,), (3,))):
-        with pytest.raises(AssertionError):
-            dpo.plackett_luce_loss(*map(torch.zeros, shapes))
-    with pytest.raises(AssertionError):
-        dpo.sequence_logps(torch.zeros(2, 3, 5), torch.zeros(2, 3).long(), torch.ones(1, 3))
+        refuses(AssertionError, dpo.plackett_luce_loss, *map(torch.zeros, shapes))
+    ids, mask = torch.zeros(2, 3).long(), torch.ones(1, 3).bool()
+    refuses(AssertionError, dpo.sequence_logps, torch.zeros(2, 3, 5), ids, mask)
 
 
 def test_the_last_dimension_lists_the_answers():
@@ -336,11 +355,9 @@ def test_defaults():
 def test_beta_must_be_positive_everywhere(beta):
     zeros = torch.zeros(2, 3)
     for function in (dpo.optimal_policy, dpo.plackett_luce_loss, dpo.implicit_reward):
-        with pytest.raises(ValueError, match="beta"):
-            function(zeros, zeros, beta)
-    for loss in (*dpo.LOSSES.values(), more.dpop_loss, dpo.dpo_gradient):
-        with pytest.raises(ValueError, match="beta"):
-            loss(*PAIRS, beta=beta)
+        refuses(ValueError, function, zeros, zeros, beta)
+    for loss in (*LOSS_LIKE, more.dpop_loss):
+        refuses(ValueError, loss, *PAIRS, beta=beta)
 
 
 def test_describe_by_hand():

@@ -44,6 +44,7 @@ def test_commands_flags_and_names(root):
     linked = re.findall(r"\]\((?!https:)([^)]+)\)", readme)
     for name in named + linked:
         assert name in ("my_dpo.py", "grading/dpo.py") or (root / name).exists(), name
+    assert not re.search(r"@[A-Z]+@", readme), "a number was never filled in"
     for name in re.findall(r"`(\w+_loss)`", readme):
         assert name == "my_loss" or hasattr(dpo, name) or hasattr(more, name), name
 
