@@ -3,14 +3,12 @@
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import data
 import dpo
-from experiments import animate, claims, frontier, lab, rlhf
+from experiments import claims, frontier, lab, rlhf
 from experiments.lab import WORLD
 from test_dpo import expect
 
@@ -323,22 +321,3 @@ def test_reached_tosses_coins_between_policies():
     assert frontier.reached(points, 0.5) == 1.0, "half of SFT, half of (1, 2)"
     assert frontier.reached(points, 2.0) == 2.5, "half of (1, 2), half of (3, 3)"
     assert frontier.reached(points, 9.0) == 3.0
-
-
-def test_the_animation_ends_near_the_optimum(root, tmp_path):
-    """Bars and trail move from the reference (no gap closed) to pi*; the committed one likewise."""
-    _, ref = lab.reference(0)
-    best, _ = dpo.optimal_policy(ref, WORLD.rewards, lab.BETA)
-    shown = animate.answers_to_show(ref, best)
-    assert (WORLD.rewards[0, shown].diff() >= 0).all(), "sorted by r*"
-    assert {ref[0].argmax().item(), best[0].argmax().item()} <= set(shown.tolist())
-    halfway = (ref.exp() / 2 + best.exp() / 2).log()
-    animate.animate([(0, ref), (1, halfway), (2, best)], ref, tmp_path / "dpo.gif")
-    for path, frames in ((tmp_path / "dpo.gif", 3), (root / "assets" / "dpo.gif", 40)):
-        with Image.open(path) as gif:
-            assert gif.n_frames >= frames
-            gif.seek(0)
-            first = np.asarray(gif.convert("RGB")).astype(int)
-            gif.seek(gif.n_frames - 1)
-            last = np.asarray(gif.convert("RGB")).astype(int)
-        assert 0.02 < (abs(first - last).max(-1) > 60).mean() < 0.5, "bars and title have moved"

@@ -12,13 +12,15 @@ import sys
 from dataclasses import fields
 
 import nbformat
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import dpo
 import train
-from experiments import frontier, lab, verdicts
+from experiments import animate, frontier, lab, verdicts
 from experiments import losses as more
 from test_notebook import printed_by, steps_of
 
@@ -219,6 +221,25 @@ def test_the_verdicts_can_be_the_other_ones(root):
         changed = [row | DOCTORED[claim.__name__](row) for row in rows]
         wanted = claim.__name__ in ("little_tuning", "as_good_or_better")
         assert bool(claim(changed)[3]) == wanted, claim.__name__
+
+
+def test_the_animation_ends_near_the_optimum(root, tmp_path):
+    """Bars and trail move from the reference (no gap closed) to pi*; the committed one likewise."""
+    _, ref = lab.reference(0)
+    best, _ = dpo.optimal_policy(ref, lab.WORLD.rewards, lab.BETA)
+    shown = animate.answers_to_show(ref, best)
+    assert (lab.WORLD.rewards[0, shown].diff() >= 0).all(), "sorted by r*"
+    assert {ref[0].argmax().item(), best[0].argmax().item()} <= set(shown.tolist())
+    halfway = (ref.exp() / 2 + best.exp() / 2).log()
+    animate.animate([(0, ref), (1, halfway), (2, best)], ref, tmp_path / "dpo.gif")
+    for path, frames in ((tmp_path / "dpo.gif", 3), (root / "assets" / "dpo.gif", 40)):
+        with Image.open(path) as gif:
+            assert gif.n_frames >= frames
+            gif.seek(0)
+            first = np.asarray(gif.convert("RGB")).astype(int)
+            gif.seek(gif.n_frames - 1)
+            last = np.asarray(gif.convert("RGB")).astype(int)
+        assert 0.02 < (abs(first - last).max(-1) > 60).mean() < 0.5, "bars and title have moved"
 
 
 # What a reader is promised
