@@ -147,10 +147,11 @@ def test_the_hand_out_holds_no_solution(root):
 
 
 def test_the_exercises_in_their_order(root, tmp_path, monkeypatch):
-    """In the hand-out nothing passes; exercise n passes once 1 to n are written."""
+    """In the hand-out nothing passes; exercise n passes once 1 to n are written. Nothing that is
+    there already is written over."""
     source, every = (root / "dpo.py").read_text(), handout.EXERCISES
-    runs = [(0, ["test_dpo.py"]), *enumerate(exercises(root)[:7], start=1)]
-    assert len(runs) == 8
+    runs = [(0, ["test_dpo.py"]), *enumerate(exercises(root), start=1)]
+    assert len(runs) == 9
     started = []
     for n, arguments in runs:
         folder = tmp_path / str(n)
@@ -168,3 +169,5 @@ def test_the_exercises_in_their_order(root, tmp_path, monkeypatch):
         if n == 0:
             assert " passed" not in printed.splitlines()[-1], printed
             assert {int(m) for m in re.findall(r"exercise (\d): ", printed)} == {1, 2, 3, 4, 6}
+    with pytest.raises(SystemExit, match="exists already"):
+        handout.hand_out(folder)

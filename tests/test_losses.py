@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from experiments import losses as more
-from test_dpo import BEST, BETA, LABELS, LOSSES, PAIRS, REF, REWARDS, WEIGHTS, I, J
+from test_dpo import BEST, BETA, LABELS, LOSSES, PAIRS, RANKINGS, REF, REWARDS, WEIGHTS, I, J
 from test_dpo import descend, dpo, expect, f64
 
 # All pairs of answers, drawn from the reference: the share in which Y1 wins over Y2 (equal pairs
@@ -274,15 +274,17 @@ def test_extreme_log_probs(name):
 # What is refused, defaults, and what is logged
 
 
-def refuses(error, function, *args, **settings):
-    """function(*args) raises this error; if not, say whose fault it is and what to do."""
-    try:
-        function(*args, **settings)
-    except error:
-        return
-    shapes = [tuple(arg.shape) for arg in args if hasattr(arg, "shape")]
-    cure = {AssertionError: f"for shapes {shapes}: call check_shapes", ValueError: "check_settings"}
-    pytest.fail(f"{function.__name__} must raise {error.__name__}, {cure[error]}", pytrace=False)
+def lapses(error, *calls, **settings):
+    """Which of the calls (function, *arguments) do not raise this error, and what to do."""
+    cure = {AssertionError: "call check_shapes", ValueError: "call check_settings"}[error]
+    found = []
+    for function, *args in calls:
+        try:
+            function(*args, **settings)
+        except error:
+            continue
+        found.append(f"{function.__name__} must raise {error.__name__}: {cure}")
+    return found
 
 
 LOSS_LIKE = [dpo.dpo_loss, dpo.dpo_gradient, dpo.describe, *dpo.LOSSES.values()]
@@ -297,21 +299,35 @@ def test_extreme_rewards():
 @pytest.mark.parametrize("loss", LOSS_LIKE)
 def test_shapes_that_would_broadcast_are_refused(loss):
     """(B, 1) against (B,) would be B * B pairs and a plausible loss."""
-    refuses(AssertionError, loss, PAIRS[0], PAIRS[1], PAIRS[2][:, None], PAIRS[3], beta=0.5)
-    refuses(AssertionError, loss, *PAIRS[..., None], beta=0.5)
+    one_wrong = PAIRS[0], PAIRS[1], PAIRS[2][:, None], PAIRS[3]
+    both = (loss, *one_wrong), (loss, *PAIRS[..., None])
+    assert not lapses(AssertionError, *both, beta=0.5)
 
 
 def test_other_shapes_that_would_broadcast_are_refused():
-    for loss in (more.unlikelihood_loss, more.dpop_loss):
-        refuses(AssertionError, loss, PAIRS[0], PAIRS[1][:, None], *PAIRS[2:])
-    for loss in (more.simpo_loss, more.orpo_loss):
-        refuses(AssertionError, loss, *PAIRS, LENGTHS[0], LENGTHS[1][:, None])
-    refuses(AssertionError, dpo.reward_model_loss, PAIRS[0], PAIRS[1][:, None])
-    refuses(AssertionError, dpo.implicit_reward, PAIRS[0], PAIRS[1][:, None], 0.5)
-    for shapes in (((2, 3), (1, 3)), ((3,), (3,))):
-        refuses(AssertionError, dpo.plackett_luce_loss, *map(torch.zeros, shapes))
     ids, mask = torch.zeros(2, 3).long(), torch.ones(1, 3).bool()
-    refuses(AssertionError, dpo.sequence_logps, torch.zeros(2, 3, 5), ids, mask)
+    calls = [(loss, PAIRS[0], PAIRS[1][:, None], *PAIRS[2:])
+             for loss in (more.unlikelihood_loss, more.dpop_loss)]  # fmt: skip
+    calls += [(loss, *PAIRS, LENGTHS[0], LENGTHS[1][:, None])
+              for loss in (more.simpo_loss, more.orpo_loss)]  # fmt: skip
+    calls += [
+        (dpo.reward_model_loss, PAIRS[0], PAIRS[1][:, None]),
+        (dpo.implicit_reward, PAIRS[0], PAIRS[1][:, None], 0.5),
+        (dpo.plackett_luce_loss, torch.zeros(2, 3), torch.zeros(1, 3)),
+        (dpo.plackett_luce_loss, torch.zeros(3), torch.zeros(3)),
+        (dpo.sequence_logps, torch.zeros(2, 3, 5), ids, mask),
+    ]
+    assert not lapses(AssertionError, *calls)
+
+
+def test_rankings_of_two_and_of_some():
+    """Eq. 18 with K = 2 is Eq. 1; and one answer comes before another as often as Eq. 1 says."""
+    rewards = torch.tensor([0.3, -1.2, 2.0, 0.7], dtype=f64)
+    a, b, c, _ = rewards.exp().tolist()
+    expect(dpo.plackett_luce_logps(rewards[:2]).exp(), a / (a + b), "Eq. 18 with K = 2 is Eq. 1")
+    p = dpo.plackett_luce_logps(rewards[RANKINGS]).exp()
+    ahead = (RANKINGS == 0).int().argmax(-1) < (RANKINGS == 2).int().argmax(-1)
+    expect(p[ahead].sum(), a / (a + c), "Eq. 18: 0 comes before 2 as often as Eq. 1 says")
 
 
 def test_the_last_dimension_lists_the_answers():
@@ -354,10 +370,9 @@ def test_defaults():
 @pytest.mark.parametrize("beta", [0.0, -0.1, math.nan])
 def test_beta_must_be_positive_everywhere(beta):
     zeros = torch.zeros(2, 3)
-    for function in (dpo.optimal_policy, dpo.plackett_luce_loss, dpo.implicit_reward):
-        refuses(ValueError, function, zeros, zeros, beta)
-    for loss in (*LOSS_LIKE, more.dpop_loss):
-        refuses(ValueError, loss, *PAIRS, beta=beta)
+    of_tables = dpo.optimal_policy, dpo.plackett_luce_loss, dpo.implicit_reward
+    assert not lapses(ValueError, *((function, zeros, zeros, beta) for function in of_tables))
+    assert not lapses(ValueError, *((f, *PAIRS) for f in (*LOSS_LIKE, more.dpop_loss)), beta=beta)
 
 
 def test_describe_by_hand():

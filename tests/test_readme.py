@@ -246,7 +246,7 @@ def test_the_animation_ends_near_the_optimum(root, tmp_path):
 
 
 def test_the_questions_are_answered_by_the_notebook(root):
-    """Ten answers; each names its steps, and its numbers are what the saved notebook prints there."""
+    """Ten answers; each names its steps, and its numbers are what the notebook printed there."""
     readme = (root / "README.md").read_text()
     section = readme.split("## Questions that everyone asks")[1].split("\n## ")[0]
     answers = re.findall(
