@@ -9,8 +9,10 @@ import itertools
 import json
 import re
 import warnings
+from os.path import commonprefix
 from typing import NamedTuple
 
+import numpy as np
 import tiktoken
 import torch
 
@@ -45,16 +47,13 @@ def load_pairs(path):
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}:{number}: not a line of JSON ({error})") from None
             if not isinstance(record, dict):
-                raise InputError(
-                    f"{path}:{number}: not a JSON object with {', '.join(Pair._fields)}"
-                )
+                raise InputError(f"{path}:{number}: not an object with {', '.join(Pair._fields)}")
             for field in Pair._fields:
                 if not isinstance(record.get(field), str) or not record[field].strip():
                     raise InputError(f'{path}:{number}: "{field}" must be a string, and not empty')
             pairs.append(Pair(*(record[field] for field in Pair._fields)))
     usable = [pair for pair in pairs if pair.chosen != pair.rejected]
-    if len(usable) < len(pairs):
-        equal = len(pairs) - len(usable)
+    if equal := len(pairs) - len(usable):
         warnings.warn(f"{path}: pairs dropped, their answers are equal: {equal}", stacklevel=2)
     if not usable:
         raise InputError(f"{path}: holds no usable pair")
@@ -150,7 +149,8 @@ class Batch(NamedTuple):
     ids: torch.Tensor  # (B, T)
     positions: torch.Tensor  # (B, T)
     mask: torch.Tensor  # (B, T, T), True where position i may look at position j
-    score_at: torch.Tensor  # (N,), places in the flattened (B * T)
+    score_at: torch.Tensor  # (M,), M <= N places in the flattened (B * T), which get logits
+    logits_row: torch.Tensor  # (N,), in which of the M rows of logits a target is predicted
     targets: torch.Tensor  # (N,), the token predicted there
     owner: torch.Tensor  # (N,), i for chosen answer i, B + i for rejected answer i
     pair_ids: torch.Tensor  # (B,), which pair each row is, for its reference log-probs
@@ -162,33 +162,32 @@ class Batch(NamedTuple):
 def collate(rows, pair_ids):
     """The TokenPairs rows[i] for i in pair_ids -> Batch, each row [prompt | chosen | rejected].
 
-    Both answers hang off one prompt: each sees it and itself, never the other. The mask, in blocks:
+    Both answers hang off one prompt: each sees it and itself, never the other. With which tokens
+    both begin is computed once, like the prompt, and scored for both. The mask, in blocks:
 
                    prompt  chosen  rejected
         prompt       \\                            \\ = causal: itself and what came before
         chosen       all     \\
         rejected     all     -        \\           - = nothing
 
-    Three traps. (1) The last prompt token predicts the first token of both answers, so it is scored
-    twice. (2) An answer's last token is scored but never fed: nothing follows it. (3) Padding may
-    look at itself: a position that may look at nothing is 0/0, a NaN. It is scored nowhere.
+    Three traps. (1) The last prompt token predicts the first token of both answers: one row of
+    logits, two targets. (2) An answer's last token is scored but never fed: nothing follows it.
+    (3) Padding may look at itself: a position that may look at nothing is 0/0, a NaN.
     """
     pair_ids = torch.as_tensor(pair_ids)
     picked = [rows[i] for i in pair_ids.tolist()]
     B = len(picked)
-    lengths = torch.tensor([[len(part) for part in row] for row in picked])
-    prompt, chosen, rejected = lengths.T[:, :, None]  # each (B, 1)
-    chosen_end = prompt + chosen - 1  # where the rejected answer starts
-    row_end = chosen_end + (rejected - 1).clamp(min=0)
+    begin = [commonprefix([row.chosen[:-1], row.rejected[:-1]]) for row in picked]
+    fed = [x + w[:-1] + l[len(both) : -1] for (x, w, l), both in zip(picked, begin)]
+    lengths = np.array([[*map(len, [*row, *more])] for row, *more in zip(picked, begin, fed)])
+    prompt, chosen, rejected, shared, row_end = torch.from_numpy(lengths).T[:, :, None]  # (B, 1)
+    trunk, skip = prompt + shared, chosen - 1 - shared  # what both hang off; the rest of chosen
 
     place = torch.arange(int(row_end.max()))  # (T,)
-    block = 0 + (place >= prompt) + (place >= chosen_end) + (place >= row_end)  # 3: padding
+    block = 0 + (place >= trunk) + (place >= trunk + skip) + (place >= row_end)  # 3: padding
     ids = torch.zeros_like(block)
-    ids[block < 3] = torch.tensor(
-        [token for row in picked for token in row.prompt + row.chosen[:-1] + row.rejected[:-1]]
-    )
-    positions = torch.where(block == 2, place - (chosen - 1), place)  # the second answer restarts
-    positions[block == 3] = 0
+    ids[block < 3] = torch.from_numpy(np.array([*itertools.chain(*fed)]))
+    positions = torch.where(block == 3, 0, place - skip * (block == 2))  # rejected restarts
     same = block[:, :, None] == block[:, None, :]
     mask = (same | (block == 0)[:, None, :]) & (place[:, None] >= place)
 
@@ -196,11 +195,12 @@ def collate(rows, pair_ids):
     owner = torch.arange(2 * B).repeat_interleave(counts)
     pair = owner % B
     k = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]  # k-th token of its answer
-    skip = torch.where((owner >= B) & (k > 0), chosen[pair, 0] - 1, 0)  # over the chosen answer
-    score_at = pair * len(place) + prompt[pair, 0] - 1 + k + skip
-    answers = [row.chosen for row in picked] + [row.rejected for row in picked]
-    targets = torch.tensor([token for answer in answers for token in answer])
-    return Batch(ids, positions, mask, score_at, targets, owner, pair_ids)
+    places = pair * len(place) + prompt[pair, 0] - 1 + k  # as if chosen followed the prompt
+    places += torch.where((owner >= B) & (k > shared[pair, 0]), skip[pair, 0], 0)
+    score_at, logits_row = places.unique(return_inverse=True)
+    targets = np.array([t for part in (1, 2) for row in picked for t in row[part]])
+    targets = torch.from_numpy(targets)
+    return Batch(ids, positions, mask, score_at, logits_row, targets, owner, pair_ids)
 
 
 def batches(rows, batch_size, generator):

@@ -218,13 +218,12 @@ def sequence_logps(logits, ids, mask):
 def response_logps(model, batch):
     """log pi(y|x) of the answers of each pair row, in at least float32: chosen (B,), rejected (B,).
 
-    `batch` is data.Batch: the model gives logits (N, V) only where a token of an answer is scored;
+    `batch` is data.Batch: the model gives logits (M, V) only where a token of an answer is scored;
     the log-prob of target n belongs to chosen answer i if owner[n] = i, to rejected i if B + i.
     """
     B = len(batch.ids)
-    logits = model(batch.ids, batch.positions, batch.mask, batch.score_at)  # (N, V)
-    logps = at_least_float32(logits).log_softmax(-1)
-    logps = logps.gather(-1, batch.targets[:, None]).squeeze(-1)  # (N,)
+    logits = model(batch.ids, batch.positions, batch.mask, batch.score_at)  # (M, V)
+    logps = at_least_float32(logits).log_softmax(-1)[batch.logits_row, batch.targets]  # (N,)
     sums = logps.new_zeros(2 * B).index_add(0, batch.owner, logps)
     return sums[:B], sums[B:]
 

@@ -42,8 +42,8 @@ def test_load_pairs(tmp_path):
     "bad, says",
     [
         ("{", "not a line of JSON"),
-        ("[1]", "not a JSON object"),
-        ("12", "not a JSON object"),
+        ("[1]", "not an object"),
+        ("12", "not an object"),
         ("[" * 100_000, "not a line of JSON"),
         ({"prompt": "a", "chosen": "b"}, '"rejected"'),
         (GOOD | {"chosen": ""}, '"chosen"'),
@@ -143,7 +143,8 @@ def test_pair_row_by_hand():
     assert batch.positions.tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
     assert batch.targets.tolist() == [7, 8, 0, 0, 9, 0, 1, 0]
     assert batch.owner.tolist() == [0, 0, 0, 1, 2, 2, 3, 3]
-    assert batch.score_at.tolist() == [1, 2, 3, 5, 1, 4, 5, 6]
+    assert batch.score_at[batch.logits_row].tolist() == [1, 2, 3, 5, 1, 4, 5, 6]
+    assert batch.score_at.tolist() == [1, 2, 3, 4, 5, 6]  # the last prompt tokens score twice
     assert batch.mask[0].int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
@@ -152,6 +153,24 @@ def test_pair_row_by_hand():
         [1, 1, 0, 0, 1],
     ]
     assert batch.mask[1].any(-1).all(), "a row that may look at nothing gives NaN"
+
+
+def test_pair_row_of_answers_that_begin_alike_by_hand():
+    """Prompt 5, answers 7 8 0 and 7 9 6 0: 7 is fed once and predicted once, for both."""
+    batch = collate([TokenPair([5], [7, 8, 0], [7, 9, 6, 0])], [0])
+    assert batch.ids.tolist() == [[5, 7, 8, 9, 6]]
+    assert batch.positions.tolist() == [[0, 1, 2, 2, 3]]
+    assert batch.targets.tolist() == [7, 8, 0, 7, 9, 6, 0]
+    assert batch.owner.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert batch.score_at[batch.logits_row].tolist() == [0, 1, 2, 0, 1, 3, 4]
+    assert batch.score_at.tolist() == [0, 1, 2, 3, 4]
+    assert batch.mask[0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 0, 1, 0],
+        [1, 1, 0, 1, 1],
+    ]
 
 
 def test_batches_cover_every_epoch_in_a_new_order():

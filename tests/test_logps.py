@@ -21,6 +21,9 @@ ROWS = [  # prompts and answers of different lengths; answers that are the end t
     data.TokenPair([2], [END], [4, 3, END]),
     data.TokenPair([1, 1, 2, 3, 4, 4], [3, END], [END]),
     data.TokenPair([4, 2], [1, END], [1, 3, 2, 2, 1, END]),
+    data.TokenPair([2, 3], [1, 1, 4, 2, END], [1, 1, 2, END]),  # both begin alike, then part
+    data.TokenPair([1], [4, 2, 3, END], [4, 2, END]),  # one goes on where the other ends
+    data.TokenPair([3, 3, 3], [1, 2, END], [1, 2, END]),  # equal
 ]
 
 
@@ -99,7 +102,7 @@ def test_sequence_logps_of_bfloat16_are_summed_in_float32():
 
 def test_pair_rows_equal_plain_sequences():
     """One row [prompt | chosen | rejected] gives what two sequences give: values, gradients."""
-    model, order, results = tiny_gpt(0), [2, 0, 3, 1], []
+    model, order, results = tiny_gpt(0), [2, 0, 4, 3, 6, 1, 5], []
     for logps in (
         dpo.response_logps(model, data.collate(ROWS, order)),
         [
@@ -110,7 +113,8 @@ def test_pair_rows_equal_plain_sequences():
         ],
     ):
         model.zero_grad()
-        factors = torch.tensor([[1.0, -2.0, 0.5, 3.0], [-1.5, 0.3, 2.0, -0.7]])
+        factors = torch.tensor([1.0, -2.0, 0.5, 3.0, -0.4, 0.9, 1.7])
+        factors = torch.stack([factors, -1.3 * factors.flip(0)])
         (factors * torch.stack(list(logps))).sum().backward()
         results.append((*logps, *(parameter.grad.clone() for parameter in model.parameters())))
     why = "the pair row: each answer sees the prompt and itself, positions restart, nothing else"
@@ -119,17 +123,17 @@ def test_pair_rows_equal_plain_sequences():
 
 
 def test_pair_rows_in_float32():
-    results = dpo.response_logps(tiny_gpt(0).float(), data.collate(ROWS, range(4)))
-    exact = dpo.response_logps(tiny_gpt(0), data.collate(ROWS, range(4)))
+    results = dpo.response_logps(tiny_gpt(0).float(), data.collate(ROWS, range(len(ROWS))))
+    exact = dpo.response_logps(tiny_gpt(0), data.collate(ROWS, range(len(ROWS))))
     for got, wanted in zip(results, exact):
         assert got.dtype == torch.float32
-        expect(got / wanted, [1.0] * 4, "the pair row in float32 against float64", 1e-6)
+        expect(got / wanted, [1.0] * len(ROWS), "the pair row in float32 against float64", 1e-6)
 
 
 def test_padding_changes_nothing():
     model = tiny_gpt(0)
-    together = torch.stack(dpo.response_logps(model, data.collate(ROWS, range(4))))
-    alone = [torch.stack(dpo.response_logps(model, data.collate(ROWS, [i]))) for i in range(4)]
+    together = torch.stack(dpo.response_logps(model, data.collate(ROWS, range(len(ROWS)))))
+    alone = [torch.stack(dpo.response_logps(model, data.collate(ROWS, [i]))) for i in range(len(ROWS))]
     expect(together, torch.cat(alone, 1), "a row alone and beside longer rows is the same row")
 
 
