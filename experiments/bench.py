@@ -1,12 +1,13 @@
 """How fast is the training step? Beside TRL's DPOTrainer and the authors' method, on equal work.
 
     python -m experiments.bench [--data pairs.jsonl] [--shape 6,6,384] [--only ours TRL]
+    python -m experiments.bench --grow    how the cost grows with prompts, answers and batches
 
-The same GPT-2-shaped weights, the same pairs in the same batches of 8, AdamW 1e-5, beta 0.1, clip
-1.0, no dropout. Each contender is a process of its own (for its peak memory); they take turns, and
-only one works at a time. Without --data the pairs are made up, as long as real ones: a prompt of 44
-tokens on average, answers of 16. Without trl and transformers (tests/peers/requirements.txt) TRL is
-left out.
+The same GPT-2-shaped weights, the same pairs, AdamW 1e-5, beta 0.1, clip 1.0, no dropout. The first
+ten batches of 8 are the same, for the losses; then ours go on by length, theirs shuffled, as each
+does it. Each contender is a process of its own (for its peak memory); only one works at a time.
+Without --data the pairs are made up, as long as real ones: a prompt of 44 tokens on average,
+answers of 16. Without trl and transformers (tests/peers/requirements.txt) TRL is left out.
 """
 
 import argparse
@@ -20,9 +21,9 @@ import tempfile
 import time
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import data
 import dpo
@@ -30,6 +31,8 @@ import train
 from model import GPT, GPTConfig
 
 BETA, LR, BATCH, VOCAB = 0.1, 1e-5, 8, 50257
+GROWTH = [(16, 32, 8), (64, 32, 8), (256, 32, 8), (512, 32, 8),  # tokens of prompt, of answers,
+          (64, 8, 8), (64, 128, 8), (64, 32, 2), (64, 32, 32)]  # pairs a batch  # fmt: skip
 LOSS_STEPS, ROUNDS, TRL_STEPS = 10, 5, 60  # the first ten, whose losses are shown, warm up as well
 CONFIG = replace(train.REAL, beta=BETA, batch_size=BATCH, micro_batch_size=0, warmup_steps=0,
                  decay=False, device="cuda" if torch.cuda.is_available() else "cpu")  # fmt: skip
@@ -54,10 +57,11 @@ def made_up(n, prompt=None, answer=None):
 # The contenders: each yields the loss of a step of the optimiser, before it
 
 
-def ours(rows, folder, dtype="float32", compiled=False):
+def ours(rows, folder, batch, dtype="float32", compiled=False):
     """train.py's own step on pair rows, the reference's sums computed once."""
+    train.keep_freed_memory()
     model = GPT.from_pretrained(folder).to(CONFIG.device)
-    config = replace(CONFIG, dtype=dtype)
+    config = replace(CONFIG, dtype=dtype, batch_size=batch)
     ref = train.all_logps(model, rows, config)
     if compiled:
         model.compile(dynamic=True)
@@ -69,7 +73,7 @@ def ours(rows, folder, dtype="float32", compiled=False):
         yield record["loss"].mean()
 
 
-def authors(rows, folder):
+def authors(rows, folder, batch):
     """The authors' code, written out: two padded rows a pair, a logit for every token of both, and
     the reference again in every step."""
     policy, reference = (GPT.from_pretrained(folder).to(CONFIG.device) for _ in range(2))
@@ -79,16 +83,13 @@ def authors(rows, folder):
         sums = dpo.sequence_logps(model(ids), ids, mask)
         return sums.split(len(ids) // 2)  # chosen rows first
 
-    for pair_ids in order(rows):
+    for pair_ids in order(rows, batch):
         picked = [rows[i] for i in pair_ids]
         texts = [(row.prompt, row.chosen) for row in picked]
         texts += [(row.prompt, row.rejected) for row in picked]
-        ids = torch.zeros(len(texts), max(len(x + y) for x, y in texts), dtype=torch.long)
-        mask = torch.zeros_like(ids, dtype=torch.bool)
-        for i, (x, y) in enumerate(texts):
-            ids[i, : len(x + y)] = torch.tensor(x + y)
-            mask[i, len(x) : len(x + y)] = True
-        ids, mask = ids.to(CONFIG.device), mask.to(CONFIG.device)
+        ids = pad_sequence([torch.tensor(x + y) for x, y in texts], True).to(CONFIG.device)
+        masks = [torch.arange(len(x + y)) >= len(x) for x, y in texts]
+        mask = pad_sequence(masks, True).to(CONFIG.device)
         with torch.no_grad():
             ref = logps(reference, ids, mask)
         loss = dpo.dpo_loss(*logps(policy, ids, mask), *ref, beta=BETA).losses.mean()
@@ -99,134 +100,73 @@ def authors(rows, folder):
         yield loss.detach()
 
 
-def trl(rows, folder, precompute=False):
-    """TRL's DPOTrainer with its defaults, but for the settings that all share. Its tokenizer reads
-    token numbers as words, so that both train on equal tokens."""
-    import datasets
-    import tokenizers
-    import transformers
-    from trl import DPOConfig, DPOTrainer
+def trl(*args, **settings):
+    from experiments import bench_trl  # it wants trl and transformers
 
-    words = {str(i): i for i in range(VOCAB)}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    end = dict(eos_token=str(VOCAB - 1), pad_token=str(VOCAB - 1))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **end)
-
-    def text(ids):
-        return "".join(f" {i}" for i in ids)
-
-    batches = order(rows)
-    picked = [rows[i] for _ in range(TRL_STEPS) for i in next(batches)]
-    table = {"prompt": [text(row.prompt) for row in picked]}  # TRL adds the end to answers
-    table |= {"chosen": [text(row.chosen[:-1]) for row in picked]}
-    table |= {"rejected": [text(row.rejected[:-1]) for row in picked]}
-    models = []
-    for _ in range(2):
-        model = transformers.GPT2LMHeadModel.from_pretrained(folder)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        models.append(model)
-
-    class InOrder(DPOTrainer):
-        def _get_train_sampler(self, *_):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-        def training_step(self, *args, **kwargs):
-            self.last_loss = super().training_step(*args, **kwargs)
-            return self.last_loss
-
-    config = DPOConfig(
-        output_dir=str(Path(folder) / "trl"), beta=BETA, learning_rate=LR, max_steps=TRL_STEPS,
-        per_device_train_batch_size=BATCH, lr_scheduler_type="constant", max_grad_norm=1.0,
-        bf16=False, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        precompute_ref_log_probs=precompute, use_cpu=CONFIG.device == "cpu",
-    )  # fmt: skip
-    trainer = InOrder(models[0], models[1], config, None, datasets.Dataset.from_dict(table),
-                      processing_class=tokenizer)  # fmt: skip
-    yield from steps_of(trainer, transformers.TrainerCallback)
+    return bench_trl.trl(*args, **settings)
 
 
-def steps_of(trainer, callback):
-    """Turn trainer.train(), which calls us back, into a generator that we call."""
-    import threading
-
-    go, done = threading.Semaphore(0), threading.Semaphore(0)
-
-    class Turns(callback):
-        def on_step_begin(self, *args, **kwargs):
-            go.acquire()
-
-        def on_step_end(self, *args, **kwargs):
-            done.release()
-
-    trainer.add_callback(Turns())
-    threading.Thread(target=trainer.train, daemon=True).start()
-    while True:
-        go.release()
-        done.acquire()
-        yield trainer.last_loss.detach()
-
-
-def order(rows):
-    """The batches of train.updates, in its order; a short one there would be one here."""
+def order(rows, batch):
+    """The first ten batches of train.updates, then plain shuffles."""
     generator = torch.Generator().manual_seed(CONFIG.seed)
-    return (ids.tolist() for ids in data.batches(rows, BATCH, generator))
+    first = data.batches(rows, batch, generator)
+    yield from (next(first).tolist() for _ in range(LOSS_STEPS))
+    while True:
+        yield from map(list, torch.randperm(len(rows), generator=generator).split(batch))
 
 
 CONTENDERS = {
     "ours": ours,
-    "ours, bfloat16": lambda rows, folder: ours(rows, folder, "bfloat16"),
-    "ours, compiled": lambda rows, folder: ours(rows, folder, compiled=True),
+    "ours, bfloat16": lambda *args: ours(*args, dtype="bfloat16"),
+    "ours, compiled": lambda *args: ours(*args, compiled=True),
     "authors' method": authors,
     "TRL": trl,
-    "TRL, reference precomputed": lambda rows, folder: trl(rows, folder, True),
+    "TRL, reference precomputed": lambda *args: trl(*args, precompute=True),
 }
 
 
 # Taking turns
 
 
-def serve(name, rows, folder, pipe):
+def serve(name, rows, folder, batch, pipe):
     """In a process of its own: for each n received, n steps -> (seconds, losses, peak bytes)."""
     sys.stdout = sys.stderr = open(os.devnull, "w")  # TRL talks
     warnings.simplefilter("ignore")
-    steps = CONTENDERS[name](rows, folder)
+    steps = CONTENDERS[name](rows, folder, batch)
     while n := pipe.recv():
         seconds, losses = [], []
         for _ in range(n):
             start = time.perf_counter()
             losses.append(next(steps).item())  # .item() waits for the device
             seconds.append(time.perf_counter() - start)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         if CONFIG.device == "cuda":
             peak = torch.cuda.max_memory_allocated()
         pipe.send((seconds, losses, peak))
 
 
-def race(names, rows, folder, steps):
-    """Ten steps of each, then ROUNDS times `steps` of each in turn, with a large matrix product
-    between -> {name: (seconds of a step in each round, losses, peak bytes)}, flop/s of the product.
-    """
+def race(names, rows, folder, steps, batch=BATCH, first=LOSS_STEPS, rounds=ROUNDS):
+    """A few steps of each, then in turn `steps` of each, `rounds` times, a large matrix product
+    between -> {name: (seconds a step in each round, first losses, peak bytes)}, its flop/s."""
     context = multiprocessing.get_context("spawn")
     pipes, found, speeds = {}, {}, []
     for name in names:
         pipes[name], theirs = context.Pipe()
-        args = name, rows, folder, theirs
+        args = name, rows, folder, batch, theirs
         context.Process(target=serve, args=args, daemon=True).start()
         theirs.close()  # so that a contender that fails is an EOFError here, and no endless wait
-        pipes[name].send(LOSS_STEPS)
+        pipes[name].send(first)
         _, losses, peak = pipes[name].recv()
-        found[name] = ([], losses, peak)
-        train.progress(f"{name}: first losses {losses[0]:.4f} ... {losses[-1]:.4f}", True)
-    for _ in range(ROUNDS):
+        found[name] = [], losses, [peak]
+        train.progress(f"{name}: first steps done", False)
+    for _ in range(rounds):
         speeds.append(matrix_speed())
         for name, pipe in pipes.items():
             pipe.send(steps)
             seconds, _, peak = pipe.recv()
-            found[name][0].append(statistics.median(seconds))
-            found[name] = (*found[name][:2], peak)
+            found[name][0].append(statistics.mean(seconds))
+            found[name][2].append(peak)
     for pipe in pipes.values():
         pipe.send(0)
     return found, statistics.median(speeds)
@@ -258,9 +198,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="pairs as train.py reads them, with GPT-2's tokens")
     parser.add_argument("--shape", default="6,6,384", help="layers, heads, width")
-    most = range(1, 1 + (TRL_STEPS - LOSS_STEPS) // ROUNDS)  # TRL is told beforehand when to end
-    parser.add_argument("--steps", type=int, default=5, choices=most, help="steps of a turn")
+    parser.add_argument("--steps", type=int, default=5, help="steps of a turn, at most 10")
     parser.add_argument("--only", default=list(CONTENDERS), nargs="+", choices=CONTENDERS)
+    parser.add_argument("--grow", action="store_true", help="the table of growth instead")
     args = parser.parse_args()
     n_layer, n_head, n_embd = map(int, args.shape.split(","))
     config = GPTConfig(VOCAB, 1024, n_embd, n_layer, n_head)
@@ -270,26 +210,46 @@ def main():
     names = [name for name in args.only if importlib.util.find_spec("trl") or "TRL" not in name]
     if len(names) < len(args.only):
         print("TRL is not installed: pip install -r tests/peers/requirements.txt")
+    where = f"{torch.get_num_threads()} threads, {CONFIG.device}, torch {torch.__version__}"
+    print(f"layers, heads, width {args.shape}; {where}")
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         GPT(config).save_pretrained(folder)
+        if args.grow:
+            return grow(folder)
         found, speed = race(names, rows, folder, args.steps)
-    show(found, speed, useful_flops(rows, config), args.shape)
+    show(found, speed, useful_flops(rows, config))
 
 
-def show(found, speed, flops, shape):
+def grow(folder):
     print(
-        f"\n{shape}, batches of {BATCH}, {torch.get_num_threads()} threads, {CONFIG.device}, torch"
+        "\n| prompt | answers | pairs | ours, seconds | authors' method | faster by |\n"
+        + "|---" * 6
     )
-    print(f"{torch.__version__}; useful: of a large product's {speed / 1e9:.0f} Gflop/s\n")
+    for prompt, answer, batch in GROWTH:
+        rows = made_up(4 * batch, prompt, answer)
+        found, _ = race(["ours", "authors' method"], rows, folder, 1, batch, 1, 3)
+        ours, theirs = (statistics.median(seconds) for seconds, _, _ in found.values())
+        print(
+            f"| {prompt} | {answer} | {batch} | {ours:.2f} | {theirs:.2f} | {theirs / ours:.1f} |"
+        )
+
+
+def show(found, speed, flops):
+    print(f"batches of {BATCH}; useful: of a large product's {speed / 1e9:.0f} Gflop/s\n")
     print("| contender | seconds a step (range) | pairs/s | ours is faster by | peak GB | useful |")
     print("|---" * 6 + "|")
-    base = statistics.median(found["ours"][0]) if "ours" in found else float("nan")
-    for name, (seconds, _, peak) in found.items():
+    base = found.get("ours", [[float("nan")]])[0]
+    for name, (seconds, _, peaks) in found.items():
         middle = statistics.median(seconds)
-        cells = [f"{middle:.3f} ({min(seconds):.3f} to {max(seconds):.3f})"]
-        cells += [f"{BATCH / middle:.2f}", f"{middle / base:.2f}", f"{peak / 1e9:.2f}"]
-        print(f"| {name} |", " | ".join([*cells, f"{flops / middle / speed:.0%}"]), "|")
+        ratios = [their / our for their, our in zip(seconds, base)]
+        cells = [
+            f"{middle:.3f} ({min(seconds):.3f} to {max(seconds):.3f})",
+            f"{BATCH / middle:.2f}",
+        ]
+        cells += [f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
+        cells += [f"{peaks[-1] / 1e9:.2f}", f"{flops / middle / speed:.0%}"]
+        print(f"| {name} |", " | ".join(cells), "|")
     print("\nloss of the first steps")
     for name, (_, losses, _) in found.items():
         print(f"{name:27}", " ".join(f"{loss:.4f}" for loss in losses))

@@ -133,7 +133,9 @@ def test_pair_rows_in_float32():
 def test_padding_changes_nothing():
     model = tiny_gpt(0)
     together = torch.stack(dpo.response_logps(model, data.collate(ROWS, range(len(ROWS)))))
-    alone = [torch.stack(dpo.response_logps(model, data.collate(ROWS, [i]))) for i in range(len(ROWS))]
+    alone = [
+        torch.stack(dpo.response_logps(model, data.collate(ROWS, [i]))) for i in range(len(ROWS))
+    ]
     expect(together, torch.cat(alone, 1), "a row alone and beside longer rows is the same row")
 
 

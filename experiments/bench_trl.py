@@ -1,0 +1,73 @@
+"""TRL's DPOTrainer as a contender of experiments/bench.py; needs tests/peers/requirements.txt."""
+
+import threading
+from pathlib import Path
+
+import datasets
+import tokenizers
+import torch
+import transformers
+from trl import DPOConfig, DPOTrainer
+
+from experiments.bench import BETA, CONFIG, LR, TRL_STEPS, VOCAB, order
+
+
+def trl(rows, folder, batch, precompute=False):
+    """TRL's DPOTrainer with its defaults, but for the settings that all share. Its tokenizer reads
+    token numbers as words, so that both train on equal tokens."""
+    words = {str(i): i for i in range(VOCAB)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    end = dict(eos_token=str(VOCAB - 1), pad_token=str(VOCAB - 1))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **end)
+    batches = order(rows, batch)
+    picked = [rows[i] for _ in range(TRL_STEPS) for i in next(batches)]
+    texts = [  # TRL adds the end to answers
+        {"prompt": " ".join(map(str, x)), "chosen": "".join(f" {i}" for i in w[:-1]),
+         "rejected": "".join(f" {i}" for i in l[:-1])}
+        for x, w, l in picked
+    ]  # fmt: skip
+    models = []
+    for _ in range(2):
+        model = transformers.GPT2LMHeadModel.from_pretrained(folder)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        models.append(model)
+
+    class InOrder(DPOTrainer):
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def training_step(self, *args, **kwargs):
+            self.last_loss = super().training_step(*args, **kwargs)
+            return self.last_loss
+
+    config = DPOConfig(
+        output_dir=str(Path(folder) / "trl"), beta=BETA, learning_rate=LR, max_steps=TRL_STEPS,
+        per_device_train_batch_size=batch, lr_scheduler_type="constant", max_grad_norm=1.0,
+        bf16=False, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        precompute_ref_log_probs=precompute, use_cpu=CONFIG.device == "cpu",
+    )  # fmt: skip
+    trainer = InOrder(models[0], models[1], config, None, datasets.Dataset.from_list(texts),
+                      processing_class=tokenizer)  # fmt: skip
+    yield from steps_of(trainer)
+
+
+def steps_of(trainer):
+    """Turn trainer.train(), which calls us back, into a generator that we call."""
+    go, done = threading.Semaphore(0), threading.Semaphore(0)
+
+    class Turns(transformers.TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            go.acquire()
+
+        def on_step_end(self, *args, **kwargs):
+            done.release()
+
+    trainer.add_callback(Turns())
+    threading.Thread(target=trainer.train, daemon=True).start()
+    while True:
+        go.release()
+        done.acquire()
+        yield trainer.last_loss.detach()
