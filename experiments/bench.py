@@ -93,11 +93,31 @@ def authors(rows, folder, batch):
         with torch.no_grad():
             ref = logps(reference, ids, mask)
         loss = dpo.dpo_loss(*logps(policy, ids, mask), *ref, beta=BETA).losses.mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        yield loss.detach()
+        yield update(policy, optimizer, loss)
+
+
+def two_rows(rows, folder, batch):
+    """Ours, but for the row: one for each answer, so that the prompt is computed twice."""
+    train.keep_freed_memory()
+    model = GPT.from_pretrained(folder).to(CONFIG.device)
+    optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=0.0, fused=True)
+    single = [data.TokenPair(x, y, []) for x, w, l in rows for y in (w, l)]
+    ref = train.all_logps(model, single, CONFIG)[0]
+    generator = torch.Generator().manual_seed(CONFIG.seed)
+    for pair_ids in data.batches(rows, batch, generator):
+        ids = torch.cat([2 * pair_ids, 2 * pair_ids + 1])
+        sums, _ = train.logps_of(model, data.collate(single, ids).to(CONFIG.device), CONFIG)
+        halves = len(pair_ids)
+        loss = dpo.dpo_loss(*sums.split(halves), *ref[ids].split(halves), beta=BETA).losses.mean()
+        yield update(model, optimizer, loss)
+
+
+def update(model, optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.detach()
 
 
 def trl(*args, **settings):
@@ -119,6 +139,7 @@ CONTENDERS = {
     "ours": ours,
     "ours, bfloat16": lambda *args: ours(*args, dtype="bfloat16"),
     "ours, compiled": lambda *args: ours(*args, compiled=True),
+    "ours, two rows a pair": two_rows,
     "authors' method": authors,
     "TRL": trl,
     "TRL, reference precomputed": lambda *args: trl(*args, precompute=True),
