@@ -28,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 import dpo
 import train
+from experiments.report import progress
 from model import GPT, GPTConfig
 
 BETA, LR, BATCH, VOCAB = 0.1, 1e-5, 8, 50257
@@ -180,7 +181,7 @@ def race(names, rows, folder, steps, batch=BATCH, first=LOSS_STEPS, rounds=ROUND
         pipes[name].send(first)
         _, losses, peak = pipes[name].recv()
         found[name] = [], losses, [peak]
-        train.progress(f"{name}: first steps done", False)
+        progress(f"{name}: first steps done", False)
     for _ in range(rounds):
         speeds.append(matrix_speed())
         for name, pipe in pipes.items():

@@ -24,6 +24,7 @@ import torch
 import data
 import dpo
 import train
+from experiments.report import progress
 
 WORLD = data.ToyWorld("small")
 BETA = 1.0  # train.py's in the toy world
@@ -194,9 +195,7 @@ def run_jobs(work, jobs, seconds):
             left = sum(waiting) - sum(waiting[:cores]) / 2  # those at work are half done
             spent = time.time() - start
             left *= spent / max(sum(seconds) - left, 1)
-            train.progress(
-                f"{len(results)}/{len(jobs)} jobs  {spent:.0f} s  {left:.0f} s left", True
-            )
+            progress(f"{len(results)}/{len(jobs)} jobs  {spent:.0f} s  {left:.0f} s left", True)
     return [results[i] for i in range(len(jobs))]
 
 

@@ -36,6 +36,7 @@ TESTS = [
 FILES = [
     *("dpo.py", "data.py", "model.py", "train.py"),
     *(f"experiments/{x}.py" for x in ("losses", "lab", "rlhf", "frontier", "claims", "verdicts")),
+    "experiments/report.py",
 ]
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -26,6 +27,25 @@ ROW = "expected_reward kl_to_reference objective kl_to_optimum pair_accuracy gap
 # The step itself
 
 
+FREED = """
+import resource, torch, train
+train.keep_freed_memory()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(25_000_000)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere it does nothing")
+def test_freed_memory_is_kept(root):
+    """The first 100 MB are new to the process, 24,000 pages; the third are those just freed."""
+    args = [sys.executable, "-c", FREED]
+    done = subprocess.run(args, cwd=root, capture_output=True, text=True, check=True)
+    first, _, third = map(int, done.stdout.split())
+    assert first > 20_000 and third < 200, f"page faults of equal blocks: {done.stdout.split()}"
+
+
 def dpo_losses(ref):
     return lambda chosen, rejected, ids: dpo.dpo_loss(chosen, rejected, *ref[:, ids], BETA).losses
 
@@ -43,7 +63,7 @@ def test_gradient_of_the_whole_pipeline():
     wanted = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
     ref = train.all_logps(reference, ROWS, train.TOY)
-    train.backward(model, ROWS, torch.arange(4), dpo_losses(ref), train.TOY)
+    train.backward(model, ROWS, torch.arange(len(ROWS)), dpo_losses(ref), train.TOY)
     for parameter, gradient in zip(model.parameters(), wanted):
         expect(parameter.grad, gradient, "the training step's gradient is not Eq. 7's", 1e-9)
 
@@ -89,7 +109,7 @@ def test_reference_and_policy_are_scored_in_one_precision():
     """Under autocast too: where they are the same, every reward is 0 to the last digit."""
     model = tiny_gpt(0).float()
     low = dataclasses.replace(train.TOY, dtype="bfloat16")
-    policy = torch.stack(train.logps_of(model, data.collate(ROWS, range(4)), low))
+    policy = torch.stack(train.logps_of(model, data.collate(ROWS, range(len(ROWS))), low))
     expect(train.all_logps(model, ROWS, low), policy, "reference in the policy's precision", 0)
     exact = train.all_logps(model, ROWS, train.TOY)
     assert 1e-4 < (policy - exact).abs().max() < 0.5, "bfloat16 is not float32"
@@ -118,7 +138,7 @@ def test_reference_is_untouched_and_unshared():
 def test_logged_weight_is_the_weight():
     """The weight that train.py logs comes from autograd, for DPO it is sigma(r_l - r_w)."""
     model, ref = tiny_gpt(0), train.all_logps(tiny_gpt(1), ROWS, train.TOY)
-    record = train.backward(model, ROWS, torch.arange(4), dpo_losses(ref), train.TOY)
+    record = train.backward(model, ROWS, torch.arange(len(ROWS)), dpo_losses(ref), train.TOY)
     described = dpo.describe(record["chosen_logp"], record["rejected_logp"], *ref, beta=BETA)
     why = "the logged weight: -(1/beta) d loss / d log pi(y_w)"
     expect(-record["chosen_grad"] / BETA, described["weight"], why)
