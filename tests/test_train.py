@@ -446,10 +446,12 @@ def test_every_loss_trains(loss, root, tmp_path, monkeypatch, capsys):
     """The policy learns which answers win, whatever the loss; its settings are printed."""
     monkeypatch.chdir(root)
     flags = ["--loss", loss, *LOSS_FLAGS[loss], "--out", str(tmp_path)]
-    summary = train.main([*QUICK[:4], "--sft-epochs", "1", "--epochs", "4", *flags])
+    quick = [*QUICK[:4], "--sft-epochs", "1", "--epochs", "4", "--held-out", "4"]
+    summary = train.main(quick + flags)
     name = loss if ":" not in loss else "policy"
     assert list(summary["rows"]) == ["reference", name, "optimum"]
-    assert summary["rows"][name]["pair_accuracy"] > 0.53
+    accuracy = summary["rows"][name]["pair_accuracy"]
+    assert accuracy > 0.52, f"{loss} ranks held-out pairs no better than a coin: {accuracy}"
     printed = capsys.readouterr().out.split("\n")[0].split()
     for flag, value in zip(LOSS_FLAGS[loss][::2], LOSS_FLAGS[loss][1::2]):
         assert f"{flag[2:]}={float(value)}" in printed
