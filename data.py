@@ -47,7 +47,7 @@ def load_pairs(path):
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}:{number}: not a line of JSON ({error})") from None
             if not isinstance(record, dict):
-                raise InputError(f"{path}:{number}: not an object with {', '.join(Pair._fields)}")
+                raise InputError(f"{path}:{number}: not a JSON object ({', '.join(Pair._fields)})")
             for field in Pair._fields:
                 if not isinstance(record.get(field), str) or not record[field].strip():
                     raise InputError(f'{path}:{number}: "{field}" must be a string, and not empty')
@@ -162,8 +162,8 @@ class Batch(NamedTuple):
 def collate(rows, pair_ids):
     """The TokenPairs rows[i] for i in pair_ids -> Batch, each row [prompt | chosen | rejected].
 
-    Both answers hang off one prompt: each sees it and itself, never the other. With which tokens
-    both begin is computed once, like the prompt, and scored for both. The mask, in blocks:
+    Both answers hang off one prompt: each sees it and itself, never the other. What both answers
+    begin with is computed once, like the prompt, and scored for both. The mask, in blocks:
 
                    prompt  chosen  rejected
         prompt       \\                            \\ = causal: itself and what came before

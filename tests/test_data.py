@@ -42,8 +42,8 @@ def test_load_pairs(tmp_path):
     "bad, says",
     [
         ("{", "not a line of JSON"),
-        ("[1]", "not an object"),
-        ("12", "not an object"),
+        ("[1]", "not a JSON object"),
+        ("12", "not a JSON object"),
         ("[" * 100_000, "not a line of JSON"),
         ({"prompt": "a", "chosen": "b"}, '"rejected"'),
         (GOOD | {"chosen": ""}, '"chosen"'),

@@ -451,7 +451,7 @@ def test_every_loss_trains(loss, root, tmp_path, monkeypatch, capsys):
     name = loss if ":" not in loss else "policy"
     assert list(summary["rows"]) == ["reference", name, "optimum"]
     accuracy = summary["rows"][name]["pair_accuracy"]
-    assert accuracy > 0.52, f"{loss} ranks held-out pairs no better than a coin: {accuracy}"
+    assert accuracy > 0.53, f"{loss} ranks held-out pairs no better than a coin: {accuracy}"
     printed = capsys.readouterr().out.split("\n")[0].split()
     for flag, value in zip(LOSS_FLAGS[loss][::2], LOSS_FLAGS[loss][1::2]):
         assert f"{flag[2:]}={float(value)}" in printed
