@@ -237,8 +237,8 @@ def train_dpo(model, task, ref_logps, config):
                 metrics |= task.evaluate(model)
             history.append(metrics)
             print(json.dumps(metrics), file=file, flush=True)
-            line = describe_step(metrics, steps, time.time() - start)
-            progress(line, step == 1 or evaluate)
+            keep = step == 1 or evaluate
+            progress(describe_step(metrics, steps, time.time() - start), keep)
     return history
 
 

@@ -220,7 +220,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="pairs as train.py reads them, with GPT-2's tokens")
     parser.add_argument("--shape", default="6,6,384", help="layers, heads, width")
-    parser.add_argument("--steps", type=int, default=5, help="steps of a turn, at most 10")
+    most = range(1, 1 + (TRL_STEPS - LOSS_STEPS) // ROUNDS)  # TRL is told beforehand when to end
+    parser.add_argument("--steps", type=int, default=5, choices=most, help="steps of a turn")
     parser.add_argument("--only", default=list(CONTENDERS), nargs="+", choices=CONTENDERS)
     parser.add_argument("--grow", action="store_true", help="the table of growth instead")
     args = parser.parse_args()
@@ -247,6 +248,7 @@ def grow(folder):
     print(
         "\n| prompt | answers | pairs | ours, seconds | authors' method | faster by |\n"
         + "|---" * 6
+        + "|"
     )
     for prompt, answer, batch in GROWTH:
         rows = made_up(4 * batch, prompt, answer)

@@ -15,6 +15,7 @@ def progress(line, keep):
 
 
 def describe_step(metrics, steps, seconds):
+    """A line of metrics.jsonl for people; `seconds` since the first of so many steps."""
     step = metrics["step"]
     shown = "loss", "margin", "weight", "gap_closed", "held_out_accuracy"
     line = [f"{key} {metrics[key]:.4f}" for key in shown if key in metrics]

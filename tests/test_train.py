@@ -37,13 +37,14 @@ for _ in range(6):
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere it does nothing")
 def test_freed_memory_is_kept(root):
-    """100 MB are 24,000 pages new to the process; later blocks are those just freed."""
+    """100 MB are 24,000 pages new to the process; later blocks are those just freed. With another
+    C library than glibc it does nothing, and no harm."""
     args = [sys.executable, "-c", FREED]
     done = subprocess.run(args, cwd=root, capture_output=True, text=True, check=True)
     first, *later = map(int, done.stdout.split())
-    assert first > 20_000 and min(later) < 200, f"page faults of equal blocks: {first}, {later}"
+    if platform.libc_ver()[0] == "glibc":
+        assert first > 20_000 and min(later) < 200, f"page faults of equal blocks: {first}, {later}"
 
 
 def dpo_losses(ref):
