@@ -7,75 +7,23 @@ Departs from the paper: AdamW and a linear decay (--optimizer rmsprop --no-decay
 gradients, other steps (the paper's: --lr 1e-6 --batch-size 64 --warmup-steps 150).
 """
 
-import argparse
 import ctypes
-import importlib.util
-import inspect
 import json
 import math
 import platform
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 import data
 import dpo
-from experiments.report import describe_step, plot, progress, report, samples
+from cli import Config, call_loss, describe_step, load_loss, means, parse_args
+from cli import plot, progress, refuse, report, samples
 from model import GPT, GPTConfig
-
-
-def knob(default, help, *choices):
-    return field(default=default, metadata={"help": help, "choices": choices or None})
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every setting is a flag: sft_lr is --sft-lr. The defaults are the toy world's."""
-
-    data: str = knob("", "file of JSON lines with prompt, chosen, rejected; else the toy world")
-    world: str = knob("default", "size of the toy world", "default", "small")
-    pairs: int = knob(100_000, "preference pairs drawn in the toy world")
-    labels: str = knob("hard", "who calls a pair's winner", "hard", "soft", "deterministic")
-    held_out: float = knob(0.1, "held-out pairs, as a share of the pairs")
-    tokenizer: str = knob("auto", "auto (gpt2 with --init, else bytes), or a tiktoken name")
-    init: str = knob("", "start from gpt2, gpt2-medium, ... or from a folder in that format")
-    block_size: int = knob(8, "longest prompt plus answer, in tokens")
-    n_layer: int = knob(1, "layers")
-    n_head: int = knob(4, "attention heads")
-    n_embd: int = knob(32, "width")
-    loss: str = knob("dpo", f"{', '.join(dpo.LOSSES)}, or file.py:function of the same four sums")
-    beta: float = knob(1.0, "strength of the leash to the reference")
-    epsilon: float = knob(None, "share of wrong labels that cdpo and robust allow for")
-    alpha: float = knob(None, "weight of a loss's second term")
-    gamma: float = knob(None, "margin that simpo_loss asks for")
-    sft_epochs: float = knob(20.0, "passes over the SFT corpus or the chosen answers; 0 for none")
-    sft_lr: float = knob(1e-2, "learning rate of SFT")
-    epochs: float = knob(18.0, "passes over the pairs")
-    lr: float = knob(1e-2, "learning rate of DPO")
-    warmup_steps: int = knob(150, "steps of linear warm-up, at most a tenth of the run")
-    decay: bool = knob(True, "let the learning rate fall linearly to 0 afterwards")
-    batch_size: int = knob(512, "pairs in an update")
-    micro_batch_size: int = knob(0, "pairs in memory at once, gradients add up; 0: the batch")
-    optimizer: str = knob("adamw", "rmsprop is the paper's", "adamw", "rmsprop")
-    max_grad_norm: float = knob(1.0, "longer gradients are cut to this length")
-    device: str = knob("auto", "auto is cuda, else mps, else cpu", "auto", "cuda", "mps", "cpu")
-    dtype: str = knob("float32", "of the matrix products", "float32", "bfloat16")
-    log_every: int = knob(10, "steps between lines of metrics.jsonl")
-    eval_every: int = knob(100, "steps between evaluations")
-    seed: int = knob(0, "of weights, corpus, pairs, labels and order; the world is fixed")
-    out: str = knob("out", "folder for everything that is written")
-
-
-TOY = Config()
-REAL = replace(TOY, block_size=1024, n_layer=4, n_embd=128, sft_epochs=6.0, sft_lr=2e-3, beta=None,
-               epochs=4.0, lr=5e-4, warmup_steps=10, batch_size=32, micro_batch_size=8,
-               log_every=1, eval_every=20)  # fmt: skip
-SETTINGS = "beta", "epsilon", "alpha", "gamma"  # of a loss; None is its own default
-MAY_BE_0 = "sft_epochs", "warmup_steps", "micro_batch_size", "seed", *SETTINGS[1:]
 
 
 def main(argv=None):
@@ -88,7 +36,7 @@ def main(argv=None):
         sys.exit(2)
 
 
-def run(config):
+def run(config: Config):
     start = time.time()
     keep_freed_memory()
     torch.manual_seed(config.seed)
@@ -242,29 +190,6 @@ def train_dpo(model, task, ref_logps, config):
     return history
 
 
-def load_loss(name):
-    """A name in dpo.LOSSES, or file.py:function for any function of the same four sums."""
-    if name in dpo.LOSSES:
-        return dpo.LOSSES[name]
-    path, _, function = name.rpartition(":")
-    if not path.endswith(".py"):
-        refuse(f"--loss {name}: there are {', '.join(dpo.LOSSES)}, or file.py:function")
-    spec = importlib.util.spec_from_file_location("loss_file", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, function)
-
-
-def call_loss(loss, config, policy_logps, ref_logps, lengths):
-    """The losses (B,) of pairs, from three (2, B): chosen and rejected. A loss is passed the four
-    sums and, if its signature names them, SETTINGS and both lengths, in tokens."""
-    known = {key: getattr(config, key) for key in SETTINGS if getattr(config, key) is not None}
-    known |= {"chosen_lengths": lengths[0], "rejected_lengths": lengths[1]}
-    named = known.keys() & inspect.signature(loss).parameters.keys()
-    result = loss(*policy_logps, *ref_logps, **{key: known[key] for key in named})
-    return getattr(result, "losses", result)  # a tensor, or a NamedTuple such as DPOLoss
-
-
 def updates(model, rows, losses_of, config, epochs, peak_lr):
     """Train, yielding (step, steps, record, pair_ids) after each step of the optimiser.
     record: `loss, chosen_logp, rejected_logp, chosen_grad`, each (B,), and `grad_norm, lr`.
@@ -329,74 +254,6 @@ def keep_freed_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and stay there
-
-
-def means(columns):
-    return {name: column.mean().item() for name, column in columns.items()}
-
-
-def parse_args(argv):
-    """The flags on top of REAL with --data, of TOY without. InputError if they make no sense."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = lambda message: refuse(f"{message}; see --help")
-    flags = {setting.name: "--" + setting.name.replace("_", "-") for setting in fields(Config)}
-    for setting in fields(Config):
-        toy, real = (getattr(preset, setting.name) for preset in (TOY, REAL))
-        defaults = f"{toy}; with --data {real}".replace("None", "the loss's own")
-        help = f"{setting.metadata['help']} (default: {defaults})"
-        typed = {"type": setting.type, "choices": setting.metadata["choices"]}
-        kind = {"action": argparse.BooleanOptionalAction} if setting.type is bool else typed
-        parser.add_argument(flags[setting.name], default=argparse.SUPPRESS, help=help, **kind)
-    given = vars(parser.parse_args(argv))
-    config = replace(REAL if given.get("data") else TOY, **given)
-
-    dead = {"world", "pairs", "labels"} if config.data else {"tokenizer", "init", "block_size"}
-    dead |= {"n_layer", "n_head", "n_embd"} if config.init else set()
-    for name in dead & set(given):
-        refuse(f"{flags[name]} has no effect {'here' if config.data else 'without --data'}")
-    for setting in fields(Config):
-        value, may_be_0 = given.get(setting.name, 1), setting.name in MAY_BE_0
-        if setting.type in (int, float) and not (0 < value < math.inf or (value == 0 and may_be_0)):
-            refuse(f"{flags[setting.name]} must be {'0 or over' if may_be_0 else 'over 0'}")
-    config = resolve_loss(config, given)
-    if config.n_embd % config.n_head:
-        refuse(f"--n-embd {config.n_embd} does not divide into --n-head {config.n_head}")
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    device = [*there, "cpu"][0] if config.device == "auto" else config.device
-    if device not in [*there, "cpu"]:
-        refuse(f"--device {device} is not available here")
-    auto = "toy" if not config.data else "gpt2" if config.init else "bytes"
-    tokenizer = auto if config.tokenizer == "auto" else config.tokenizer
-    return replace(config, device=device, tokenizer=tokenizer)
-
-
-def resolve_loss(config, given):
-    """Try the loss, so that it fails now and not after SFT; fill in its own defaults."""
-    try:
-        loss = load_loss(config.loss)
-        for B in (2, 3):
-            logps = torch.full((2, B), -1.0, requires_grad=True)
-            losses = call_loss(loss, config, logps, logps.detach(), torch.ones(2, B))
-            if losses.shape != (B,):
-                raise ValueError(f"must return one loss for each pair, (B,), not {losses}")
-            (grad,) = torch.autograd.grad(losses.sum(), logps)
-            if not (losses.isfinite() & grad.isfinite()).all():
-                raise ValueError("loss or gradient not finite where policy == reference")
-    except (Exception, SystemExit) as error:  # whatever a student's file does
-        if isinstance(error, data.InputError):
-            raise
-        refuse(f"--loss {config.loss}: {type(error).__name__}, {error}".replace("\n", " "))
-    named = inspect.signature(loss).parameters
-    for name in SETTINGS:
-        if name in given and name not in named:
-            refuse(f"--{name} has no effect on --loss {config.loss}")
-        if name in named and getattr(config, name) is None:
-            config = replace(config, **{name: named[name].default})
-    return config if config.beta else replace(config, beta=0.1)  # of the rewards that are logged
-
-
-def refuse(message):
-    raise data.InputError(message)
 
 
 def build_model(config, tokenizer):

@@ -25,17 +25,18 @@ from dataclasses import replace
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+import cli
 import data
 import dpo
 import train
-from experiments.report import progress
+from cli import progress
 from model import GPT, GPTConfig
 
 BETA, LR, BATCH, VOCAB = 0.1, 1e-5, 8, 50257
 GROWTH = [(16, 32, 8), (64, 32, 8), (256, 32, 8), (512, 32, 8),  # tokens of prompt, of answers,
           (64, 8, 8), (64, 128, 8), (64, 32, 2), (64, 32, 32)]  # pairs a batch  # fmt: skip
 LOSS_STEPS, ROUNDS, TRL_STEPS = 10, 5, 60  # the first ten, whose losses are shown, warm up as well
-CONFIG = replace(train.REAL, beta=BETA, batch_size=BATCH, micro_batch_size=0, warmup_steps=0,
+CONFIG = replace(cli.REAL, beta=BETA, batch_size=BATCH, micro_batch_size=0, warmup_steps=0,
                  decay=False, device="cuda" if torch.cuda.is_available() else "cpu")  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+import cli
 import data
 import dpo
 import train
@@ -162,7 +163,7 @@ def coverage(seed, quick):
 def leak(world, seed, seen, slip, pairs, lr, sft_weight, rounds):
     """SFT on a corpus, DPO on pair rows as train.py does it -> rows of margin, accuracy, gap closed
     and of where the mass is. In each round the pairs are drawn anew, from the policy as it is."""
-    config, generator = replace(train.TOY, seed=seed), torch.Generator().manual_seed(seed)
+    config, generator = replace(cli.TOY, seed=seed), torch.Generator().manual_seed(seed)
     model = copy.deepcopy(sft(world, config, slip))
     policy = ref = world.logps(model)
     best, _ = dpo.optimal_policy(ref, world.rewards, BETA)
@@ -171,7 +172,7 @@ def leak(world, seed, seen, slip, pairs, lr, sft_weight, rounds):
 
     def row(of_mass, seen, margins):
         probs, kl = of_mass.exp(), dpo.kl_divergence(of_mass, best).mean()
-        return train.means({
+        return cli.means({
             "pairs_seen": torch.tensor([float(seen)]),
             "margin": margins, "accuracy": dpo.accuracy(margins),
             "gap_closed": 1 - kl / dpo.kl_divergence(ref, best).mean(),
@@ -235,7 +236,7 @@ def both_log_probs_fall(seed, quick):
                 *_, (_, logps) = run
                 moved, mass = logps - ref, logps.exp() - ref.exp()
                 row = {"seed": seed, "policy": kind, "beta": beta, "pairs": pairs}
-                rows.append(row | train.means({
+                rows.append(row | cli.means({
                     "chosen": moved[drawn.prompt, drawn.chosen],
                     "rejected": moved[drawn.prompt, drawn.rejected],
                     "mass_chosen": (mass * won).sum(-1),

@@ -21,10 +21,11 @@ from pathlib import Path
 
 import torch
 
+import cli
 import data
 import dpo
 import train
-from experiments.report import progress
+from cli import progress
 
 WORLD = data.ToyWorld("small")
 BETA = 1.0  # train.py's in the toy world
@@ -59,7 +60,7 @@ def listed(model):
 def new_gpt(seed):
     """train.py's network for the toy world, untrained."""
     torch.manual_seed(seed)
-    return train.build_model(replace(train.TOY, device="cpu"), WORLD.tokenizer)
+    return train.build_model(replace(cli.TOY, device="cpu"), WORLD.tokenizer)
 
 
 @functools.cache
@@ -118,11 +119,11 @@ def descend(model, losses_of, n, steps, lr, seed, batch=BATCH):
 
 def preferences(loss, drawn, ref, **settings):
     """losses_of for `descend`: a loss of the four sums, on these pairs."""
-    config = replace(train.TOY, **{"beta": BETA, **settings})
+    config = replace(cli.TOY, **{"beta": BETA, **settings})
 
     def losses_of(logps, places):
         x, both = drawn.prompt[places], torch.stack([drawn.chosen, drawn.rejected])[:, places]
-        return train.call_loss(loss, config, logps[x, both], ref[x, both], LENGTHS[both])
+        return cli.call_loss(loss, config, logps[x, both], ref[x, both], LENGTHS[both])
 
     return losses_of
 
@@ -148,7 +149,7 @@ def measure(logps, ref, beta=BETA, prompts=slice(None)):
         "grammatical": logps.exp()[:, GRAMMATICAL].sum(-1),
         "entropy": -(logps.exp() * logps.clamp(min=-1e9)).sum(-1),
     }
-    row = train.means(columns)
+    row = cli.means(columns)
     to_best, gap = dpo.kl_divergence(logps, best), dpo.kl_divergence(ref, best)
     return row | {"gap_closed": 1 - (to_best.mean() / gap.mean()).item()}
 
@@ -170,7 +171,7 @@ def agreement(rewards, ref):
         apart = (margins.sigmoid() - truth.sigmoid()).abs()
         columns["pair_accuracy"].append((odds * right).sum() / odds.sum())
         columns["probability_error"].append((odds * apart).sum() / odds.sum())
-    return train.means({key: torch.stack(column) for key, column in columns.items()})
+    return cli.means({key: torch.stack(column) for key, column in columns.items()})
 
 
 def mean_ranks(values):

@@ -36,7 +36,7 @@ TESTS = [
 FILES = [
     *("dpo.py", "data.py", "model.py", "train.py"),
     *(f"experiments/{x}.py" for x in ("losses", "lab", "rlhf", "frontier", "claims", "verdicts")),
-    "experiments/report.py",
+    "cli.py",
 ]
 
 
@@ -80,12 +80,12 @@ PLANTED = [
      "@torch.no_grad()\ndef response_logps(model, batch):"),
     ("L16 loss overwritten", "train.py", STEP, "        losses = -chosen\n" + STEP),
     ("L17 sum over the batch", "train.py", STEP, "        losses.sum().backward()"),
-    ("L19 the name of the loss is ignored", "train.py", "        return dpo.LOSSES[name]",
+    ("L19 the name of the loss is ignored", "cli.py", "        return dpo.LOSSES[name]",
      "        return dpo.LOSSES['dpo']"),
     ("L20 epsilon is ignored by cdpo", "dpo.py",
      "    return -(1 - epsilon) * F.logsigmoid(m) - epsilon * F.logsigmoid(-m)",
      "    return -F.logsigmoid(m)"),
-    ("L20 settings never reach the loss", "train.py", "    named = known.keys() &",
+    ("L20 settings never reach the loss", "cli.py", "    named = known.keys() &",
      "    named = {'chosen_lengths', 'rejected_lengths', 'beta'} &"),
     ("L21 dpop fine with the wrong sign", "experiments/losses.py",
      "F.relu(ref_chosen_logps - policy_chosen_logps)",
@@ -251,11 +251,11 @@ PLANTED = [
      "    return -epsilon * F.logsigmoid(m) - (1 - epsilon) * F.logsigmoid(-m)"),
     ("V11 robust without its normaliser", "dpo.py", ") / (1 - 2 * epsilon)", ")"),
     ("V11 epsilon of 1/2 accepted", "dpo.py", "0 <= epsilon < 0.5", "0 <= epsilon <= 0.5"),
-    ("V12 a setting the loss does not name", "train.py",
+    ("V12 a setting the loss does not name", "cli.py",
      "        if name in given and name not in named:", "        if False:"),
-    ("V13 SimPO at DPO's beta", "train.py", "sft_lr=2e-3, beta=None", "sft_lr=2e-3, beta=0.1"),
+    ("V13 SimPO at DPO's beta", "cli.py", "sft_lr=2e-3, beta=None", "sft_lr=2e-3, beta=0.1"),
     ("M1 ties count 0", "dpo.py", "+ (margins == 0).float() / 2", ""),
-    ("M2 accuracy is summed", "train.py", "column.mean().item()", "column.sum().item()"),
+    ("M2 accuracy is summed", "cli.py", "column.mean().item()", "column.sum().item()"),
     ("M3 margins times beta once more", "dpo.py",
      "    margins = chosen_rewards - rejected_rewards\n    return {",
      "    margins = beta * (chosen_rewards - rejected_rewards)\n    return {"),
@@ -348,9 +348,10 @@ WHERE = {  # None: the whole file
     "data.py": {"encode_pairs", "collate", "batches", "reward", "draw_pairs", "logps"},
     "model.py": {"forward", "generate"},
     "train.py": {
-        *("use_reference", "exact", "evaluate", "train_sft", "train_dpo", "load_loss", "call_loss"),
-        *("updates", "backward", "logps_of", "all_logps", "means"),
+        *("use_reference", "exact", "evaluate", "train_sft", "train_dpo"),
+        *("updates", "backward", "logps_of", "all_logps"),
     },
+    "cli.py": {"load_loss", "call_loss", "means"},
 }
 SWAP = {
     **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult},

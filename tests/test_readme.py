@@ -17,9 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
+import cli
 import data
 import dpo
-import train
 from experiments import animate, frontier, lab, verdicts
 from experiments import losses as more
 from test_notebook import printed_by, steps_of
@@ -39,7 +39,7 @@ def numbers(text):
 
 def test_commands_flags_and_names(root):
     readme = (root / "README.md").read_text()
-    flags = {"--" + field.name.replace("_", "-") for field in fields(train.Config)}
+    flags = {"--" + field.name.replace("_", "-") for field in fields(cli.Config)}
     flags |= {"--no-decay", "--help", "--generated", "--quick"}
     flags |= {"--steps", "--only", "--shape", "--grow"}  # of experiments/bench.py
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= flags
@@ -98,7 +98,7 @@ def test_the_training_commands_parse(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for command in commands:
         if "--help" not in command:
-            train.parse_args(shlex.split(command))
+            cli.parse_args(shlex.split(command))
 
 
 def test_the_experiments_exist_and_take_quick(root):

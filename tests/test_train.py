@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import cli
 import data
 import dpo
 import train
@@ -63,8 +64,8 @@ def test_gradient_of_the_whole_pipeline():
     (1 + (r_l - r_w).exp()).log().mean().backward()
     wanted = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    ref = train.all_logps(reference, ROWS, train.TOY)
-    train.backward(model, ROWS, torch.arange(len(ROWS)), dpo_losses(ref), train.TOY)
+    ref = train.all_logps(reference, ROWS, cli.TOY)
+    train.backward(model, ROWS, torch.arange(len(ROWS)), dpo_losses(ref), cli.TOY)
     for parameter, gradient in zip(model.parameters(), wanted):
         expect(parameter.grad, gradient, "the training step's gradient is not Eq. 7's", 1e-9)
 
@@ -74,11 +75,11 @@ def test_accumulated_gradient_is_the_batch_gradient(micro):
     """Of 7 pairs in parts of 1, of 2 (the last short) and of 3 (the last a single pair)."""
     model, reference = tiny_gpt(0), tiny_gpt(1)
     rows = ROWS + ROWS[:3]
-    ref = train.all_logps(reference, rows, train.TOY)
+    ref = train.all_logps(reference, rows, cli.TOY)
     results = []
     for size in (0, micro):
         model.zero_grad()
-        config = dataclasses.replace(train.TOY, micro_batch_size=size)
+        config = dataclasses.replace(cli.TOY, micro_batch_size=size)
         record = train.backward(model, rows, torch.randperm(7), dpo_losses(ref), config)
         losses = record["loss"].sum()
         results.append((losses, *(parameter.grad.clone() for parameter in model.parameters())))
@@ -88,8 +89,8 @@ def test_accumulated_gradient_is_the_batch_gradient(micro):
 
 
 def test_long_gradients_are_cut_and_their_length_is_logged():
-    model, ref = tiny_gpt(0), train.all_logps(tiny_gpt(1), ROWS, train.TOY)
-    config = dataclasses.replace(train.TOY, batch_size=4, max_grad_norm=0.01)
+    model, ref = tiny_gpt(0), train.all_logps(tiny_gpt(1), ROWS, cli.TOY)
+    config = dataclasses.replace(cli.TOY, batch_size=4, max_grad_norm=0.01)
     *_, record, _ = next(train.updates(model, ROWS, dpo_losses(ref), config, 1, 1e-2))
     cut = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm()
     assert record["grad_norm"] > 0.1 and cut == pytest.approx(0.01, rel=1e-3)
@@ -99,7 +100,7 @@ def test_the_seed_decides_the_order_of_the_pairs():
     rows = [data.TokenPair([1], [2], [])] * 40
 
     def order(seed):
-        config = dataclasses.replace(train.TOY, batch_size=4, seed=seed)
+        config = dataclasses.replace(cli.TOY, batch_size=4, seed=seed)
         steps = train.updates(tiny_gpt(0), rows, lambda y, *_: -y, config, 1, 1e-3)
         return [i for *_, pair_ids in steps for i in pair_ids.tolist()]
 
@@ -109,10 +110,10 @@ def test_the_seed_decides_the_order_of_the_pairs():
 def test_reference_and_policy_are_scored_in_one_precision():
     """Under autocast too: where they are the same, every reward is 0 to the last digit."""
     model = tiny_gpt(0).float()
-    low = dataclasses.replace(train.TOY, dtype="bfloat16")
+    low = dataclasses.replace(cli.TOY, dtype="bfloat16")
     policy = torch.stack(train.logps_of(model, data.collate(ROWS, range(len(ROWS))), low))
     expect(train.all_logps(model, ROWS, low), policy, "reference in the policy's precision", 0)
-    exact = train.all_logps(model, ROWS, train.TOY)
+    exact = train.all_logps(model, ROWS, cli.TOY)
     assert 1e-4 < (policy - exact).abs().max() < 0.5, "bfloat16 is not float32"
 
 
@@ -120,9 +121,9 @@ def test_reference_is_untouched_and_unshared():
     reference = tiny_gpt(1)
     before = copy.deepcopy(reference.state_dict())
     policy = copy.deepcopy(reference)
-    ref = train.all_logps(reference, ROWS, train.TOY)
+    ref = train.all_logps(reference, ROWS, cli.TOY)
     assert not ref.requires_grad, "the reference's log-probs are numbers, with no gradient"
-    config = dataclasses.replace(train.TOY, batch_size=4, warmup_steps=1, beta=BETA)
+    config = dataclasses.replace(cli.TOY, batch_size=4, warmup_steps=1, beta=BETA)
     losses = [
         record["loss"].mean().item()
         for *_, record, _ in train.updates(policy, ROWS, dpo_losses(ref), config, 5, 1e-2)
@@ -138,8 +139,8 @@ def test_reference_is_untouched_and_unshared():
 
 def test_logged_weight_is_the_weight():
     """The weight that train.py logs comes from autograd, for DPO it is sigma(r_l - r_w)."""
-    model, ref = tiny_gpt(0), train.all_logps(tiny_gpt(1), ROWS, train.TOY)
-    record = train.backward(model, ROWS, torch.arange(len(ROWS)), dpo_losses(ref), train.TOY)
+    model, ref = tiny_gpt(0), train.all_logps(tiny_gpt(1), ROWS, cli.TOY)
+    record = train.backward(model, ROWS, torch.arange(len(ROWS)), dpo_losses(ref), cli.TOY)
     described = dpo.describe(record["chosen_logp"], record["rejected_logp"], *ref, beta=BETA)
     why = "the logged weight: -(1/beta) d loss / d log pi(y_w)"
     expect(-record["chosen_grad"] / BETA, described["weight"], why)
@@ -306,7 +307,7 @@ def test_real_pairs(root, tmp_path):
 
 def test_reference_logps_belong_to_their_pair():
     """Computed once in file order, looked up by pair id in shuffled batches."""
-    task = train.ToyTask(dataclasses.replace(train.TOY, world="small", pairs=500, n_embd=16))
+    task = train.ToyTask(dataclasses.replace(cli.TOY, world="small", pairs=500, n_embd=16))
     model = train.build_model(dataclasses.replace(task.config, device="cpu"), task.tokenizer)
     task.use_reference(model)
     ref = train.all_logps(model, task.rows, dataclasses.replace(task.config, batch_size=64))
@@ -428,7 +429,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path, flag):
 
 def test_help_names_every_flag(root):
     shown = command(root, "--help", env={**os.environ, "COLUMNS": "200"}).stdout
-    for field in dataclasses.fields(train.Config):
+    for field in dataclasses.fields(cli.Config):
         assert "--" + field.name.replace("_", "-") in shown
 
 
@@ -466,9 +467,9 @@ def test_settings_reach_the_loss_and_only_by_name():
         seen.update(locals())
         return b - a
 
-    config = dataclasses.replace(train.TOY, beta=3.0, gamma=0.5, epsilon=0.1)
+    config = dataclasses.replace(cli.TOY, beta=3.0, gamma=0.5, epsilon=0.1)
     policy, ref, lengths = (torch.arange(4.0).view(2, 2) + 10 * k for k in range(3))
-    losses = train.call_loss(loss, config, policy, ref, lengths)
+    losses = cli.call_loss(loss, config, policy, ref, lengths)
     assert losses.tolist() == [2, 2] and seen["beta"] == 3 and seen["gamma"] == 0.5
     rows = [seen[key].tolist() for key in ("a", "b", "c", "d")]
     assert rows == [[0, 1], [2, 3], [10, 11], [12, 13]]
@@ -488,7 +489,7 @@ def test_a_loss_brings_its_own_defaults(tmp_path):
         (simpo + real + ["--gamma", "0.3"], 2.0, 0.3, None),
         (["--loss", "experiments/losses.py:orpo_loss", *real], 0.1, None, None),
     ):
-        config = train.parse_args(flags)
+        config = cli.parse_args(flags)
         assert (config.beta, config.gamma, config.epsilon) == (beta, gamma, epsilon), flags
 
 
@@ -499,7 +500,7 @@ def test_soft_labels_mix_both_orders(loss, root, monkeypatch, tmp_path):
     monkeypatch.chdir(root)
     monkeypatch.setattr(train, "updates", lambda m, rows, f, *_: kept.append(f) or iter(()))
     settings = {"loss": loss, "labels": "soft", "beta": 0.5, "gamma": 0.3, "out": str(tmp_path)}
-    config = dataclasses.replace(train.TOY, **settings)
+    config = dataclasses.replace(cli.TOY, **settings)
     p = torch.tensor([0.9, 0.2, 0.6])
     ref = torch.tensor([[-3.0, -1.0, -4.0], [-2.0, -5.0, -1.0]])
     rows = [data.TokenPair([1], [1] * n, [1] * m) for n, m in ((1, 2), (3, 3), (2, 4))]
@@ -526,7 +527,7 @@ def test_no_gap_to_close_is_no_division_by_0(tmp_path):
 
 def test_pair_accuracy_by_hand():
     """A policy that prefers answer 1 is right in 0.8 where 0.8 of the annotators prefer it."""
-    task = train.ToyTask(dataclasses.replace(train.TOY, world="small"))
+    task = train.ToyTask(dataclasses.replace(cli.TOY, world="small"))
     task.ref = task.best = torch.zeros(2, 1111, dtype=torch.float64).log_softmax(-1)
     task.gap = 1.0
     better = task.ref.clone()
@@ -539,7 +540,7 @@ def test_pair_accuracy_by_hand():
 @pytest.mark.filterwarnings("ignore")
 def test_held_out_pairs_are_never_trained_on(tmp_path):
     write_pairs(tmp_path / "pairs.jsonl")
-    config = dataclasses.replace(train.REAL, data=str(tmp_path / "pairs.jsonl"), tokenizer="bytes")
+    config = dataclasses.replace(cli.REAL, data=str(tmp_path / "pairs.jsonl"), tokenizer="bytes")
     task = train.RealTask(config)
     seen = [str(row) for row in task.rows + task.held_out]
     assert len(seen) == len(set(seen)) == 32 and len(task.held_out) == 4
@@ -549,7 +550,7 @@ def test_optimizers_and_schedule():
     """Adam's first step is lr times the sign of the gradient; the schedule is the flags' own."""
     rows = [data.TokenPair([1], [2], [])] * 10
     for decay, last in ((True, 0.1 / 36), (False, 0.1)):
-        config = dataclasses.replace(train.TOY, batch_size=1, warmup_steps=9, decay=decay)
+        config = dataclasses.replace(cli.TOY, batch_size=1, warmup_steps=9, decay=decay)
         model = train.GPT(train.GPTConfig(5, 4, 8, 1, 1))
         before = model.wte.weight.detach().clone()
         lrs = []

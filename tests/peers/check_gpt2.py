@@ -16,6 +16,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+import cli
 import data
 import dpo
 import train
@@ -66,12 +67,12 @@ def test_our_folder_is_read_after_a_dpo_step(theirs, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     ours = GPT.from_pretrained(str(tmp_path / "theirs"))
     rows = [data.TokenPair([5, 6, 7], [8, 9, 50256], [10, 50256]), data.TokenPair([1], [2], [3, 4])]
-    ref = train.all_logps(ours, rows, train.TOY)
+    ref = train.all_logps(ours, rows, cli.TOY)
 
     def losses_of(chosen, rejected, pair_ids):
         return dpo.dpo_loss(chosen, rejected, *ref[:, pair_ids]).losses
 
-    list(train.updates(ours, rows, losses_of, train.TOY, 1, 1e-3))
+    list(train.updates(ours, rows, losses_of, cli.TOY, 1, 1e-3))
     ours.save_pretrained(tmp_path / "ours")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     torch.testing.assert_close(again(IDS).logits, ours(IDS), atol=1e-4, rtol=1e-4)
