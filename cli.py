@@ -3,10 +3,13 @@
 import argparse
 import importlib.util
 import inspect
+import json
 import math
 import sys
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
@@ -50,8 +53,12 @@ class Config:
     max_grad_norm: float = knob(1.0, "longer gradients are cut to this length")
     device: str = knob("auto", "auto is cuda, else mps, else cpu", "auto", "cuda", "mps", "cpu")
     dtype: str = knob("float32", "of the matrix products", "float32", "bfloat16")
+    compile: bool = knob(False, "use torch.compile: the first steps take long, the rest less")
     log_every: int = knob(10, "steps between lines of metrics.jsonl")
     eval_every: int = knob(100, "steps between evaluations")
+    save_every: int = knob(500, "steps between checkpoints, to be resumed from")
+    resume: bool = knob(False, "go on with the run in --out, whose settings hold")
+    show: int = knob(0, "show this pair as the model gets it (1: the first) and do nothing else")
     seed: int = knob(0, "of weights, corpus, pairs, labels and order; the world is fixed")
     out: str = knob("out", "folder for everything that is written")
 
@@ -59,9 +66,9 @@ class Config:
 TOY = Config()
 REAL = replace(TOY, block_size=1024, n_layer=4, n_embd=128, sft_epochs=6.0, sft_lr=2e-3, beta=None,
                epochs=4.0, lr=5e-4, warmup_steps=10, batch_size=32, micro_batch_size=8,
-               log_every=1, eval_every=20)  # fmt: skip
+               log_every=1, eval_every=20, save_every=100)  # fmt: skip
 SETTINGS = "beta", "epsilon", "alpha", "gamma"  # of a loss; None is its own default
-MAY_BE_0 = "sft_epochs", "warmup_steps", "micro_batch_size", "seed", *SETTINGS[1:]
+MAY_BE_0 = "sft_epochs", "warmup_steps", "micro_batch_size", "seed", "show", *SETTINGS[1:]
 
 
 def parse_args(argv):
@@ -77,6 +84,8 @@ def parse_args(argv):
         kind = {"action": argparse.BooleanOptionalAction} if setting.type is bool else typed
         parser.add_argument(flags[setting.name], default=argparse.SUPPRESS, help=help, **kind)
     given = vars(parser.parse_args(argv))
+    if given.pop("resume", False):
+        return resume(given)
     config = replace(REAL if given.get("data") else TOY, **given)
 
     dead = {"world", "pairs", "labels"} if config.data else {"tokenizer", "init", "block_size"}
@@ -97,6 +106,21 @@ def parse_args(argv):
     auto = "toy" if not config.data else "gpt2" if config.init else "bytes"
     tokenizer = auto if config.tokenizer == "auto" else config.tokenizer
     return replace(config, device=device, tokenizer=tokenizer)
+
+
+def resume(given):
+    """The settings of the run in --out; InputError where there is none or a flag says otherwise."""
+    path = Path(given.pop("out", TOY.out)) / "config.json"
+    if not path.exists():
+        refuse(f"--resume: there is no run in {path.parent}")
+    try:
+        config = Config(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        refuse(f"--resume: {path} does not hold the settings of a run ({error})")
+    for name, value in given.items():
+        if value != getattr(config, name):
+            refuse(f"--resume: that run was begun with {name}={getattr(config, name)}, not {value}")
+    return replace(config, resume=True, out=str(path.parent))
 
 
 def resolve_loss(config, given):
@@ -169,13 +193,21 @@ def progress(line, keep):
         print(line, flush=True)
 
 
-def describe_step(metrics, steps, seconds):
-    """A line of metrics.jsonl for people; `seconds` since the first of so many steps."""
+def measure(record, ref_logps, beta):
+    """A step's means over its pairs. The weight is that of the loss in use, by autograd; for DPO
+    it is sigma(r_rejected - r_chosen)."""
+    metrics = dpo.describe(record["chosen_logp"], record["rejected_logp"], *ref_logps, beta=beta)
+    metrics |= {"loss": record["loss"], "weight": -record["chosen_grad"] / beta}
+    return means(metrics | {"grad_norm": record["grad_norm"]}) | {"lr": record["lr"]}
+
+
+def describe_step(metrics, steps, seconds_left):
+    """A line of metrics.jsonl for people."""
     step = metrics["step"]
     shown = "loss", "margin", "weight", "gap_closed", "held_out_accuracy"
     line = [f"{key} {metrics[key]:.4f}" for key in shown if key in metrics]
-    rate, left = metrics["pairs_per_second"], (steps - step) * seconds / step
-    return "  ".join([f"DPO {step}/{steps}", *line, f"{rate:.0f} pairs/s", f"{left:.0f} s left"])
+    pace = f"{metrics['pairs_per_second']:.0f} pairs/s", f"{seconds_left:.0f} s left"
+    return "  ".join([f"DPO {step}/{steps}", *line, *pace])
 
 
 def samples(model, task, seed):
@@ -220,3 +252,30 @@ def plot(history, results, path):
         ax.set(xlabel="DPO step", ylabel=ylabel)
         ax.legend()
     fig.savefig(path, dpi=120)
+
+
+def show(task, model, number):
+    """Print a pair as the model gets it: each place with its token, the places that it may look
+    at, and the answer tokens whose log-probs are read there."""
+    if not task.config.data:
+        task.use_reference(model)  # the toy's pairs are drawn from it, here untrained
+    if number > len(task.rows):
+        refuse(f"--show {number}: there are {len(task.rows)} pairs")
+    longest = max(range(len(task.rows)), key=lambda i: sum(map(len, task.rows[i])))
+    batch = data.collate(task.rows, [number - 1, longest])  # the other one, so that this is padded
+    scored = {}
+    for row, target, owner in zip(*(column.tolist() for column in batch[4:7])):
+        side = {0: "chosen", 2: "rejected"}.get(owner)
+        if side:
+            token = task.tokenizer.decode([target])
+            scored.setdefault(batch.score_at[row].item(), []).append(f"{side} {token!r}")
+    print("place  position  token             looks at         scored here")
+    for place, token in enumerate(task.tokenizer.decode([i]) for i in batch.ids[0].tolist()):
+        seen = batch.mask[0, place].nonzero().flatten().numpy()
+        if seen[0] > 0:
+            print(f"{place:5}  padding from here to {batch.ids.shape[1] - 1}")
+            break
+        runs = np.split(seen, np.flatnonzero(np.diff(seen) > 1) + 1)
+        looks_at = ", ".join(f"{run[0]}-{run[-1]}" for run in runs)
+        position, scores = batch.positions[0, place].item(), ", ".join(scored.get(place, []))
+        print(f"{place:5}  {position:8}  {token!r:16}  {looks_at:15}  {scores}".rstrip())

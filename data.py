@@ -17,6 +17,7 @@ import tiktoken
 import torch
 
 END = "<|endoftext|>"  # every tokenizer here has it: the token that says an answer is over
+ASSISTANT = "\n\nAssistant:"  # begins an answer in Anthropic's dialogues
 
 
 class InputError(ValueError):
@@ -32,12 +33,13 @@ class Pair(NamedTuple):
 
 
 def load_pairs(path):
-    """A file of JSON lines {"prompt": ..., "chosen": ..., "rejected": ...} -> list of Pair.
+    """A file of JSON lines {"prompt": ..., "chosen": ..., "rejected": ...}, or of dialogues (see
+    `split_dialogues`) -> list of Pair.
 
     Pairs with equal answers say nothing: they are dropped, with a warning that counts them.
     InputError names the file, the line and the field; OSError if the file cannot be read.
     """
-    pairs = []
+    pairs, odd = [], []
     with open(path, "rb") as file:  # bytes: text that is not UTF-8 is then an error of its line
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -48,10 +50,17 @@ def load_pairs(path):
                 raise InputError(f"{path}:{number}: not a line of JSON ({error})") from None
             if not isinstance(record, dict):
                 raise InputError(f"{path}:{number}: not a JSON object ({', '.join(Pair._fields)})")
+            record = split_dialogues(record)
+            if record is None:
+                odd.append(number)
+                continue
             for field in Pair._fields:
                 if not isinstance(record.get(field), str) or not record[field].strip():
                     raise InputError(f'{path}:{number}: "{field}" must be a string, and not empty')
             pairs.append(Pair(*(record[field] for field in Pair._fields)))
+    if odd:
+        what = f"differ before the last answer or lack it: {len(odd)}, the first in line {odd[0]}"
+        warnings.warn(f"{path}: dialogues dropped that {what}", stacklevel=2)
     usable = [pair for pair in pairs if pair.chosen != pair.rejected]
     if equal := len(pairs) - len(usable):
         warnings.warn(f"{path}: pairs dropped, their answers are equal: {equal}", stacklevel=2)
@@ -60,20 +69,33 @@ def load_pairs(path):
     return usable
 
 
+def split_dialogues(record):
+    """Anthropic's form (HH): chosen and rejected are whole dialogues, and all that both share, up
+    to its last "Assistant:", is the prompt. None if more than the last answer differs or one is
+    empty; a record in another form is returned as it is.
+    """
+    texts = [record.get(field) for field in ("chosen", "rejected")]
+    if "prompt" in record or not all(isinstance(x, str) and ASSISTANT in x for x in texts):
+        return record
+    before, turn, _ = commonprefix(texts).rpartition(ASSISTANT)
+    answers = [text.removeprefix(before + turn) for text in texts]
+    if not turn or any("\n\nHuman:" in answer or not answer.strip() for answer in answers):
+        return None
+    return dict(zip(Pair._fields, [before + turn, *answers]))
+
+
 # Text -> token ids
 
 
 def get_tokenizer(name):
-    """A tiktoken.Encoding: "toy" (the toy world's words), "bytes" (any text, no download), or one
-    of tiktoken's own such as "gpt2", downloaded once. InputError if it can't be had.
+    """A tiktoken.Encoding: "bytes" (any text, no download), or one of tiktoken's own such as
+    "gpt2", downloaded once. InputError if it can't be had.
     """
-    if name == "toy":
-        return ToyWorld().tokenizer
     if name == "bytes":  # one character at a time and nothing to merge: every token is a byte
         ranks = {bytes([byte]): byte for byte in range(256)}
         end = {END: 256}
         return tiktoken.Encoding(name, pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens=end)
-    known = ["toy", "bytes", *tiktoken.list_encoding_names()]
+    known = ["bytes", *tiktoken.list_encoding_names()]
     if name not in known:
         raise InputError(f'unknown tokenizer "{name}"; there are {", ".join(known)}')
     try:
@@ -262,9 +284,8 @@ class ToyWorld:
         self.prompt_ids = torch.tensor([self.tokenizer.encode_ordinary(x) for x in self.prompts])
         listed = [y for n in range(self.K + 1) for y in itertools.product(range(self.W), repeat=n)]
         self.answers = [self.tokenizer.decode(y) for y in listed]
-        self.rewards = torch.tensor(
-            [[self.reward(x, y) for y in self.answers] for x in self.prompts], dtype=torch.float64
-        )
+        rewards = [[self.reward(x, y) for y in self.answers] for x in self.prompts]
+        self.rewards = torch.tensor(rewards, dtype=torch.float64)
 
     def reward(self, prompt, answer):
         """r*(x, y): the mean of its opinions, so that length does not decide; 0 without any. Each

@@ -185,9 +185,7 @@ class GPT(nn.Module):
                 tensor.T.contiguous() if key.endswith(TRANSPOSED) else tensor
             )
         config = asdict(self.config) | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
-        # written beside, then renamed: never half a file
-        torch.save(state, folder / "pytorch_model.bin.tmp")
-        os.replace(folder / "pytorch_model.bin.tmp", folder / "pytorch_model.bin")
+        save(state, folder / "pytorch_model.bin")
         (folder / "config.json.tmp").write_text(json.dumps(config, indent=2))
         os.replace(folder / "config.json.tmp", folder / "config.json")
 
@@ -208,14 +206,38 @@ def read_folder(folder):
         config = GPTConfig(**{key: given[key] for key in asdict(GPTConfig()) if key in given})
         if (folder / "pytorch_model.bin").is_file():
             weights = folder / "pytorch_model.bin"
-            return config, torch.load(weights, map_location="cpu", weights_only=True)
+            return config, load(weights)
         if (folder / "model.safetensors").is_file():
             from safetensors.torch import load_file
 
             return config, load_file(folder / "model.safetensors")
+    except OSError:
+        raise
     except ImportError:
         raise OSError(f"{folder}: to read model.safetensors, pip install safetensors") from None
     except Exception as error:
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise OSError(f"{folder}: unreadable, {reason}") from None
+        raise OSError(f"{folder}: unreadable, {first_line(error)}") from None
     raise OSError(f"{folder}: holds neither pytorch_model.bin nor model.safetensors")
+
+
+def save(state, path):
+    """Beside, then renamed: never half a file. OSError if it can't be written; the old one stays."""
+    beside = Path(f"{path}.tmp")
+    try:
+        torch.save(state, beside)
+    except RuntimeError as error:  # what torch raises where the disk is full
+        beside.unlink(missing_ok=True)
+        raise OSError(f"{path}: not written, {first_line(error)}") from None
+    os.replace(beside, path)
+
+
+def load(path):
+    """What `save` wrote, on the CPU; code in the file is never run. OSError if it is unreadable."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise OSError(f"{path}: unreadable, {first_line(error)}") from None
+
+
+def first_line(error):
+    return str(error).split("\n")[0] or type(error).__name__

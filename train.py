@@ -10,20 +10,30 @@ gradients, other steps (the paper's: --lr 1e-6 --batch-size 64 --warmup-steps 15
 import ctypes
 import json
 import math
+import os
 import platform
+import signal
 import sys
 import time
 import warnings
+import zlib
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 import dpo
-from cli import Config, call_loss, describe_step, load_loss, means, parse_args
-from cli import plot, progress, refuse, report, samples
-from model import GPT, GPTConfig
+from cli import Config, call_loss, describe_step, load_loss, means, measure, parse_args
+from cli import plot, progress, refuse, report, samples, show
+from model import GPT, GPTConfig, load, save
+
+RANK = int(os.environ.get("RANK", 0))  # torchrun says which process this is
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
 
 
 def main(argv=None):
@@ -34,36 +44,73 @@ def main(argv=None):
     except (data.InputError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ntrain.py: interrupted; the same command with --resume goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 def run(config: Config):
     start = time.time()
     keep_freed_memory()
+    if PROCESSES > 1:
+        join_processes(config)
     torch.manual_seed(config.seed)
     task = RealTask(config) if config.data else ToyTask(config)
     model = build_model(config, task.tokenizer)
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    if config.compile:
+        model.compile(dynamic=True)
+    if config.show:
+        return show(task, model, config.show)
+    out = begin(config)
     print(*(f"{key}={value}" for key, value in asdict(config).items() if value is not None))
 
-    train_sft(model, task.sft_rows, config)
-    model.save_pretrained(out / "reference")
+    if config.resume and (out / "reference" / "config.json").exists():
+        model.load_state_dict(GPT.from_pretrained(out / "reference").state_dict())
+    else:
+        train_sft(model, task.sft_rows, config)
+        if RANK == 0:
+            model.save_pretrained(out / "reference")
     task.use_reference(model)  # the toy's pairs are drawn from it
-    ref_logps = all_logps(model, task.rows, config)  # once; then only the policy is in memory
+    ref_logps = reference_logps(model, task.rows, config)
     results = {"reference": task.evaluate(model)}
     before = samples(model, task, config.seed)
     history = train_dpo(model, task, ref_logps, config)
-    model.save_pretrained(out / "policy")
     name = config.loss if config.loss in dpo.LOSSES else "policy"
     results[name] = task.evaluate(model)
     results |= {} if config.data else {"optimum": task.exact(task.best)}
 
     summary = {"config": asdict(config), "seconds": round(time.time() - start, 1)}
     summary |= {"gap_closed": results[name].get("gap_closed"), "rows": results}
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    plot(history, results, out / "curves.png")
     report(summary, before, samples(model, task, config.seed))
+    if RANK == 0:
+        model.save_pretrained(out / "policy")
+        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        plot(history, results, out / "curves.png")
+    if PROCESSES > 1:
+        distributed.destroy_process_group()
     return summary
+
+
+def join_processes(config):
+    """torchrun has started several: each will take its slice of every batch, the first writes."""
+    if config.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def begin(config):
+    """The folder --out: with --resume as that run left it, else without what one resumes from."""
+    out = Path(config.out)
+    if RANK == 0 and not config.resume:
+        if config.data and (out / "checkpoint.pt").exists() and not (out / "summary.json").exists():
+            refuse(f"{out} holds a run that is not finished: add --resume, or give another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        for name in "reference/config.json reference_logps.pt checkpoint.pt summary.json".split():
+            (out / name).unlink(missing_ok=True)
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    return out
 
 
 class ToyTask:
@@ -151,6 +198,20 @@ def train_sft(model, rows, config):
             progress(f"SFT {step}/{steps}  loss {loss:.3f} nats an answer", step == steps)
 
 
+def reference_logps(model, rows, config):
+    """Of the reference, once; then only the policy is in memory. With --resume from their file."""
+    path, pairs = Path(config.out) / "reference_logps.pt", zlib.crc32(repr(rows).encode())
+    if config.resume and path.exists():
+        saved = load(path)
+        if saved["pairs"] != pairs:
+            refuse(f"--resume: the pairs are not those that the run in {config.out} began with")
+        return saved["logps"].to(model.device)
+    logps = all_logps(model, rows, config)
+    if RANK == 0:
+        save({"pairs": pairs, "logps": logps}, path)
+    return logps
+
+
 def train_dpo(model, task, ref_logps, config):
     """Minimise Eq. 7 or another loss; returns what was measured: step 0, then metrics.jsonl."""
     loss = load_loss(config.loss)
@@ -166,33 +227,56 @@ def train_dpo(model, task, ref_logps, config):
         p = task.p.to(model.device)[pair_ids]  # of endless annotators, the share that says chosen
         return p * losses + (1 - p) * swapped
 
-    if config.loss == "dpo":
-        print("DPO starts where the policy is the reference, so its first loss is log 2 = 0.6931")
-    training = updates(model, task.rows, losses_of, config, config.epochs, config.lr)
+    path, saved, done = Path(config.out) / "checkpoint.pt", None, 0
     history, start, seen = [{"step": 0} | task.evaluate(model)], time.time(), 0
-    with open(Path(config.out) / "metrics.jsonl", "w") as file:
+    if config.resume and path.exists():
+        saved = load(path)
+        done, history = saved["step"], saved["history"]
+        print(f"going on after step {done}")
+    elif config.loss == "dpo":
+        print("DPO starts where the policy is the reference, so its first loss is log 2 = 0.6931")
+    training = updates(model, task.rows, losses_of, config, config.epochs, config.lr, saved)
+    metrics_file = Path(config.out) / "metrics.jsonl" if RANK == 0 else os.devnull
+    with open(metrics_file, "w") as file, ctrl_c() as interrupted:
+        for line in history[1:]:
+            print(json.dumps(line), file=file, flush=True)
         for step, steps, record, pair_ids in training:
             seen += len(pair_ids)
             evaluate = step % config.eval_every == 0 or step == steps
-            if not (evaluate or step == 1 or step % config.log_every == 0):
-                continue
-            logps = record["chosen_logp"], record["rejected_logp"]
-            metrics = dpo.describe(*logps, *ref_logps[:, pair_ids], beta=config.beta)
-            metrics |= {"loss": record["loss"], "weight": -record["chosen_grad"] / config.beta}
-            metrics = {"step": step} | means(metrics | {"grad_norm": record["grad_norm"]})
-            metrics |= {"lr": record["lr"], "pairs_per_second": seen / (time.time() - start)}
-            if evaluate:
-                metrics |= task.evaluate(model)
-            history.append(metrics)
-            print(json.dumps(metrics), file=file, flush=True)
-            keep = step == 1 or evaluate
-            progress(describe_step(metrics, steps, time.time() - start), keep)
+            if evaluate or step == 1 or step % config.log_every == 0:
+                metrics = {"step": step} | measure(record, ref_logps[:, pair_ids], config.beta)
+                metrics |= {"pairs_per_second": seen / (time.time() - start)}
+                metrics |= task.evaluate(model) if evaluate else {}
+                history.append(metrics)
+                print(json.dumps(metrics), file=file, flush=True)
+                left = (steps - step) * (time.time() - start) / (step - done)
+                progress(describe_step(metrics, steps, left), step == 1 or evaluate)
+            if RANK == 0 and (step % config.save_every == 0 or interrupted):
+                state = {"model": model.state_dict(), "optimizer": record["optimizer"].state_dict()}
+                save({"step": step, "history": history} | state, path)
+            if interrupted:
+                raise KeyboardInterrupt
     return history
 
 
-def updates(model, rows, losses_of, config, epochs, peak_lr):
-    """Train, yielding (step, steps, record, pair_ids) after each step of the optimiser.
-    record: `loss, chosen_logp, rejected_logp, chosen_grad`, each (B,), and `grad_norm, lr`.
+@contextmanager
+def ctrl_c():
+    """A list that is no longer empty after Ctrl-C or a kill, so that the step is finished first."""
+    interrupted = []
+    handlers = {sort: signal.getsignal(sort) for sort in (signal.SIGINT, signal.SIGTERM)}
+    for sort in handlers:
+        signal.signal(sort, lambda *_: interrupted.append(True))
+    try:
+        yield interrupted
+    finally:
+        for sort, handler in handlers.items():
+            signal.signal(sort, handler)
+
+
+def updates(model, rows, losses_of, config, epochs, peak_lr, saved=None):
+    """Train, yielding (step, steps, record, pair_ids) after each step of the optimiser, from the
+    one after `saved`. record: `loss, chosen_logp, rejected_logp, chosen_grad`, each (B,), and
+    `grad_norm, lr, optimizer`. InputError if a loss or the gradient is not finite.
     """
     if config.optimizer == "adamw":
         # GPT-3's betas: with torch's own 0.999 some runs of the toy stay on a plateau, at some 80%
@@ -203,35 +287,63 @@ def updates(model, rows, losses_of, config, epochs, peak_lr):
     generator = torch.Generator().manual_seed(config.seed)
     steps = math.ceil(epochs * math.ceil(len(rows) / config.batch_size))
     warmup = max(1, min(config.warmup_steps, steps // 10))
-    batches = data.batches(rows, config.batch_size, generator)
-    for step, pair_ids in zip(range(1, steps + 1), batches):
+    done = saved["step"] if saved else 0
+    if saved:
+        try:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+        except (KeyError, RuntimeError, ValueError):  # names, shapes or groups that do not fit
+            refuse(f"--resume: {config.out}/checkpoint.pt: not of this run")
+    net = DistributedDataParallel(model) if PROCESSES > 1 else model
+    batches = islice(data.batches(rows, config.batch_size, generator), done, None)
+    for step, pair_ids in zip(range(done + 1, steps + 1), batches):
         lr = peak_lr * min(1, step / warmup)
         if config.decay and step > warmup:
             lr = peak_lr * (steps - step + 1) / (steps - warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
-        record = backward(model, rows, pair_ids, losses_of, config)
-        look = step % config.log_every == 0 or step in (1, steps)  # a look waits for the device
-        if look and not record["loss"].isfinite().all():
-            refuse(f"by step {step} a loss is not finite; is learning rate {peak_lr} too large?")
+        record = backward(net, rows, pair_ids, losses_of, config)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        look = step in (1, steps) or 0 in (step % config.log_every, step % config.save_every)
+        if look or model.device.type == "cpu":  # elsewhere a look waits for the device
+            check_finite(step, record["loss"], grad_norm, pair_ids, peak_lr)
         optimizer.step()
-        yield step, steps, record | {"grad_norm": grad_norm, "lr": lr}, pair_ids
+        yield step, steps, record | dict(grad_norm=grad_norm, lr=lr, optimizer=optimizer), pair_ids
 
 
-def backward(model, rows, pair_ids, losses_of, config):
-    """Add up the gradient of the mean loss of these pairs, micro-batch by micro-batch."""
-    records = []
-    for micro in pair_ids.split(config.micro_batch_size or len(pair_ids)):
-        batch = data.collate(rows, micro).to(model.device)
-        chosen, rejected = logps_of(model, batch, config)
-        chosen.retain_grad()
-        losses = losses_of(chosen, rejected, batch.pair_ids)
-        (losses.sum() / len(pair_ids)).backward()  # the mean of all, though the last part be short
-        chosen_grad = chosen.grad * len(pair_ids)  # of each pair's own loss, not of the mean
-        records.append(torch.stack([losses, chosen, rejected, chosen_grad]).detach())
-    return dict(zip(("loss", "chosen_logp", "rejected_logp", "chosen_grad"), torch.cat(records, 1)))
+def check_finite(step, losses, grad_norm, pair_ids, lr):
+    finite = losses.isfinite().cpu()
+    if not (finite.all() and grad_norm.isfinite()):
+        bad = pair_ids if finite.all() else pair_ids[~finite]
+        pairs = ", ".join(str(i + 1) for i in bad[:5].tolist()) + ", ..." * (len(bad) > 5)
+        where = f"step {step}: the loss or gradient of pairs {pairs} is not finite"
+        refuse(f"{where}; is learning rate {lr} too large? --show N shows pair N")
+
+
+def backward(net, rows, pair_ids, losses_of, config):
+    """Add up the gradient of the mean loss of these pairs, micro-batch by micro-batch. Of many
+    processes each takes its slice of each micro-batch, and net averages their gradients."""
+    records, places = [torch.zeros(4, 0, device=net.device)], []
+    micro = (config.micro_batch_size or len(pair_ids)) * PROCESSES
+    parts = torch.arange(len(pair_ids)).split(micro)
+    for part in parts:
+        idle = len(part) <= RANK  # too few pairs for all: it takes part, but what it has counts 0
+        mine = part[:1] if idle else part[RANK::PROCESSES]
+        batch = data.collate(rows, pair_ids[mine]).to(net.device)
+        more = PROCESSES > 1 and part is not parts[-1]
+        with net.no_sync() if more else nullcontext():
+            chosen, rejected = logps_of(net, batch, config)
+            chosen.retain_grad()
+            losses = losses_of(chosen, rejected, batch.pair_ids)
+            share = 0 if idle else PROCESSES / len(pair_ids)  # the last part may be short
+            (losses.sum() * share).backward()  # over all parts and processes, the mean
+        if not idle:
+            chosen_grad = chosen.grad / share  # of each pair's own loss, not of the mean
+            records.append(torch.stack([losses, chosen, rejected, chosen_grad]).detach())
+            places.append(mine)
+    record = gather(records, places, len(pair_ids))
+    return dict(zip(("loss", "chosen_logp", "rejected_logp", "chosen_grad"), record))
 
 
 def logps_of(model, batch, config):
@@ -242,11 +354,23 @@ def logps_of(model, batch, config):
 @torch.no_grad()
 def all_logps(model, rows, config):
     """log pi(y|x) of both answers of every row, in the order of rows: (2, n)."""
-    logps = []
-    for part in torch.arange(len(rows)).split(config.micro_batch_size or config.batch_size):
+    logps, mine = [torch.zeros(2, 0, device=model.device)], torch.arange(len(rows))[RANK::PROCESSES]
+    parts = mine.split(config.micro_batch_size or config.batch_size)
+    for part in parts:
         batch = data.collate(rows, part).to(model.device)
         logps += [torch.stack(logps_of(model, batch, config))]
-    return torch.cat(logps, 1)
+    return gather(logps, parts, len(rows))
+
+
+def gather(columns, places, n):
+    """The columns that each process has, each in its place among the n of all: (k, n)."""
+    columns = torch.cat(columns, 1)
+    if PROCESSES == 1:
+        return columns
+    whole = columns.new_zeros(len(columns), n)
+    whole[:, torch.cat([*places, torch.arange(0)])] = columns
+    distributed.all_reduce(whole)
+    return whole
 
 
 def keep_freed_memory():

@@ -31,7 +31,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = [
     "test_dpo.py",
-    *(f"tests/test_{x}.py" for x in ("losses", "logps", "data", "model", "train", "experiments")),
+    *(
+        f"tests/test_{x}.py"
+        for x in ("losses", "logps", "data", "model", "train", "runs", "experiments")
+    ),
 ]
 FILES = [
     *("dpo.py", "data.py", "model.py", "train.py"),
@@ -49,7 +52,7 @@ RW = "    chosen_rewards = implicit_reward(policy_chosen_logps, ref_chosen_logps
 SUM = (
     "    return torch.where(mask[:, 1:].bool(), logps, 0).sum(-1)  # `where`: 0 * -inf would be NaN"
 )
-STEP = "        (losses.sum() / len(pair_ids)).backward()"
+STEP = "            (losses.sum() * share).backward()"
 BETA_RHO = "beta * (policy_logps - ref_logps)  # (5)"
 PLANTED = [
     ("L1 sign inverted", "dpo.py", L, "    losses = -F.logsigmoid(-margins)"),
@@ -78,8 +81,8 @@ PLANTED = [
      "    margins = chosen_rewards.detach() - rejected_rewards"),
     ("L15 no gradient through the model", "dpo.py", "def response_logps(model, batch):",
      "@torch.no_grad()\ndef response_logps(model, batch):"),
-    ("L16 loss overwritten", "train.py", STEP, "        losses = -chosen\n" + STEP),
-    ("L17 sum over the batch", "train.py", STEP, "        losses.sum().backward()"),
+    ("L16 loss overwritten", "train.py", STEP, "            losses = -chosen\n" + STEP),
+    ("L17 sum over the batch", "train.py", STEP, "            losses.sum().backward()"),
     ("L19 the name of the loss is ignored", "cli.py", "        return dpo.LOSSES[name]",
      "        return dpo.LOSSES['dpo']"),
     ("L20 epsilon is ignored by cdpo", "dpo.py",
@@ -181,20 +184,19 @@ PLANTED = [
     ("C5 reference joined by place, not by pair", "train.py",
      "        args = torch.stack([chosen, rejected]), ref_logps[:, pair_ids],",
      "        args = torch.stack([chosen, rejected]), ref_logps[:, : len(pair_ids)],"),
-    ("C5 reference of another order", "train.py", "    return torch.cat(logps, 1)",
-     "    return torch.cat(logps[::-1], 1)"),
+    ("C5 reference of another order", "train.py", "    return gather(logps, parts,",
+     "    return gather(logps[::-1], parts,"),
     ("C8 reference without autocast", "train.py",
      "        logps += [torch.stack(logps_of(model, batch, config))]",
      "        logps += [torch.stack(dpo.response_logps(model, batch))]"),
     ("C14 reference after training", "train.py",
      "    history = train_dpo(model, task, ref_logps, config)",
      "    history = train_dpo(model, task, ref_logps, config)\n    task.use_reference(model)"),
-    ("D1 accumulation not divided", "train.py", STEP, "        losses.mean().backward()"),
+    ("D1 accumulation not divided", "train.py", STEP, "            losses.mean().backward()"),
     ("D2 divided twice", "train.py", STEP,
-     "        (losses.sum() / len(pair_ids) ** 2).backward()"),
+     "            (losses.sum() * share / len(pair_ids)).backward()"),
     ("D3 short last part weighs like a full one", "train.py", STEP,
-     "        parts = -(-len(pair_ids) // (config.micro_batch_size or len(pair_ids)))\n"
-     "        (losses.mean() / parts).backward()"),
+     "            (losses.mean() / len(parts)).backward()"),
     ("D6 schedule per micro-batch", "train.py", "lr = peak_lr * min(1, step / warmup)",
      "lr = peak_lr * min(1, 2 * step / warmup)"),
     ("D6 last rate is 0", "train.py", "(steps - step + 1) / (steps - warmup)",
@@ -221,7 +223,7 @@ PLANTED = [
      "    return model.to(config.device)", "    return GPT(model.config).to(config.device)"),
     ("D18 the untrained policy is saved", "train.py", 'model.save_pretrained(out / "policy")',
      'build_model(config, task.tokenizer).save_pretrained(out / "policy")'),
-    ("D19 logged loss is not the loss", "train.py", '{"loss": record["loss"], "weight"',
+    ("D19 logged loss is not the loss", "cli.py", '{"loss": record["loss"], "weight"',
      '{"loss": record["loss"] / 2, "weight"'),
     ("weight decay", "train.py", "weight_decay=0.0", "weight_decay=0.1"),
     ("soft labels mixed the wrong way", "train.py", "p * losses + (1 - p) * swapped",
@@ -259,7 +261,8 @@ PLANTED = [
     ("M3 margins times beta once more", "dpo.py",
      "    margins = chosen_rewards - rejected_rewards\n    return {",
      "    margins = beta * (chosen_rewards - rejected_rewards)\n    return {"),
-    ("M4 last micro-batch logged", "train.py", "torch.cat(records, 1)", "records[-1]"),
+    ("M4 last micro-batch logged", "train.py", "gather(records, places,",
+     "gather(len(records) * records[-1:], places,"),
     ("M7 KL from the pairs' answers", "train.py", "dpo.kl_divergence(logps, self.ref),",
      "(logps - self.ref)[prompt, chosen],"),
     ("M10 reward without the reference", "dpo.py",
@@ -336,6 +339,52 @@ PLANTED = [
     ("lab: reference of the loss left out", "experiments/lab.py", "ref[x, both], LENGTHS",
      "0 * ref[x, both], LENGTHS"),
     ("lab: ranks without ties", "experiments/lab.py", "- (counts - 1) / 2", ""),
+    ("resume: the optimiser begins anew", "train.py",
+     '            optimizer.load_state_dict(saved["optimizer"])\n', ""),
+    ("resume: the weights stay the reference's", "train.py",
+     '            model.load_state_dict(saved["model"])\n', ""),
+    ("resume: the pairs in their first order", "train.py", "generator), done, None)",
+     "generator), 0, None)"),
+    ("resume: one step is left out", "train.py", "zip(range(done + 1,", "zip(range(done + 2,"),
+    ("resume: the half-trained policy is the reference", "train.py",
+     "    task.use_reference(model)  # the toy's pairs are drawn from it\n",
+     '    if config.resume and (out / "checkpoint.pt").exists():\n'
+     '        model.load_state_dict(load(out / "checkpoint.pt")["model"])\n'
+     "    task.use_reference(model)\n"),
+    ("resume: sums of other pairs", "train.py", 'saved["pairs"] != pairs', "False"),
+    ("resume: flags that differ", "cli.py", "if value != getattr(config, name):", "if False:"),
+    ("an old run is resumed from", "train.py",
+     "            (out / name).unlink(missing_ok=True)", "            pass"),
+    ("an unfinished run is overwritten", "train.py", "if config.data and (out", "if False and (out"),
+    ("checkpoint written in its place", "model.py", 'Path(f"{path}.tmp")', "Path(path)"),
+    ("half a file is left", "model.py", "        beside.unlink(missing_ok=True)\n", ""),
+    ("a file may run code", "model.py", "weights_only=True)\n    except Exception",
+     "weights_only=False)\n    except Exception"),
+    ("Ctrl-C loses the steps since the checkpoint", "train.py",
+     "config.save_every == 0 or interrupted)", "config.save_every == 0)"),
+    ("Ctrl-C stays ours", "train.py", "            signal.signal(sort, handler)", "            pass"),
+    ("a loss that is not finite", "train.py",
+     "if not (finite.all() and grad_norm.isfinite()):", "if not grad_norm.isfinite():"),
+    ("a gradient that is not finite", "train.py",
+     "if not (finite.all() and grad_norm.isfinite()):", "if not finite.all():"),
+    ("not finite, found after the step", "train.py",
+     "        look = step in (1, steps)", "        optimizer.step()\n        look = step in (1, steps)"),
+    ("processes: an idle one counts", "train.py", "share = 0 if idle else PROCESSES",
+     "share = PROCESSES"),
+    ("processes: a mean of unequal means", "train.py", STEP,
+     "            (losses.mean() * (share > 0)).backward()"),
+    ("processes: none hears of the others", "train.py", "net = DistributedDataParallel(model) if",
+     "net = model if"),
+    ("processes: all take the same slice", "train.py", "part[RANK::PROCESSES]", "part[::PROCESSES]"),
+    ("compile without being asked", "train.py", "    if config.compile:\n", "    if True:\n"),
+    ("dialogues: the first turn is the prompt", "data.py", "rpartition(ASSISTANT)",
+     "partition(ASSISTANT)"),
+    ("dialogues: an answer may hold a question", "data.py",
+     'any("\\n\\nHuman:" in answer or not', "any(not"),
+    ("dialogues: an answer may be empty", "data.py", " or not answer.strip() for answer", " for answer"),
+    ("dialogues: those without a shared turn", "data.py", "if not turn or any(", "if any("),
+    ("dialogues: the second text decides the cut", "data.py",
+     "commonprefix(texts).rpartition", "texts[1].rpartition"),
 ]  # fmt: skip
 
 

@@ -60,6 +60,54 @@ def test_load_pairs_names_file_and_line(tmp_path, bad, says):
     assert "\n" not in str(error.value)
 
 
+TALK = "\n\nHuman: Hi.\n\nAssistant: Hello. Assistant: here.\n\nHuman: Why?\n\nAssistant:"
+DIALOGUES = {  # chosen, rejected, the pair; None if it is dropped
+    "they differ in the last answer": (TALK + " Since.", TALK + " No.", (TALK, " Since.", " No.")),
+    "they begin alike": (TALK + " Yes, A.", TALK + " Yes, B.", (TALK, " Yes, A.", " Yes, B.")),
+    "one answer begins the other": (TALK + " A.", TALK + " A. B", (TALK, " A.", " A. B")),
+    "nothing in common but the question": (TALK + "X", TALK + " Y", (TALK, "X", " Y")),
+    "an empty last answer": (TALK + " Yes.", TALK, None),
+    "a blank last answer": (TALK + " \n", TALK + " No.", None),
+    "one goes on for a turn": (TALK + " A.\n\nHuman: B?\n\nAssistant: C.", TALK + " D.", None),
+    "they part early": (TALK + " A.", "\n\nHuman: Hi.\n\nAssistant: Go away.", None),
+    "they differ at once": (TALK + " A.", "?" + TALK + " B.", None),
+    "another question": (TALK.replace("Why", "Where") + " A.", TALK + " B.", None),
+}
+
+
+@pytest.mark.parametrize("case", DIALOGUES)
+def test_dialogues(case, tmp_path):
+    """Anthropic's form: prompt and answer together rebuild each text, or the row is dropped."""
+    chosen, rejected, wanted = DIALOGUES[case]
+    rows = [(TALK + " 1", TALK + " 2"), (chosen, rejected), (TALK + " 3", TALK + " 4")]
+    path = write(tmp_path, *({"chosen": w, "rejected": l} for w, l in rows))
+    if wanted is None:
+        with pytest.warns(UserWarning, match="dialogues dropped .*: 1, the first in line 2"):
+            pairs = load_pairs(path)
+        assert pairs == [(TALK, " 1", " 2"), (TALK, " 3", " 4")]
+    else:
+        prompt, *answers = pair = load_pairs(path)[1]
+        assert pair == wanted and [prompt + answer for answer in answers] == [chosen, rejected]
+
+
+def test_equal_dialogues_are_counted(tmp_path):
+    rows = [{"chosen": TALK + " A.", "rejected": TALK + f" {x}."} for x in "AB"]
+    with pytest.warns(UserWarning, match="equal: 1"):
+        assert load_pairs(write(tmp_path, *rows)) == [(TALK, " A.", " B.")]
+
+
+@pytest.mark.parametrize("given", [{"prompt": "Hi"}, {"chosen": "Hello"}])
+def test_what_is_no_dialogue_stays_as_it_is(given, tmp_path):
+    """With a prompt, or where one text has no "Assistant:": three fields are asked for."""
+    record = {"chosen": TALK + " A.", "rejected": TALK + " B."} | given
+    path = write(tmp_path, record)
+    if "prompt" in given:
+        assert load_pairs(path) == [("Hi", record["chosen"], record["rejected"])]
+    else:
+        with pytest.raises(InputError, match=':1: "prompt"'):
+            load_pairs(path)
+
+
 def test_load_pairs_refuses_bytes_that_are_no_text(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b'\n{"prompt": "\xff"}')
@@ -88,7 +136,7 @@ def test_bytes_keep_any_text():
 
 
 def test_toy_words():
-    tokenizer = get_tokenizer("toy")
+    tokenizer = ToyWorld().tokenizer
     ids = tokenizer.encode_ordinary(" The film was not very dull")
     assert len(ids) == 6 and tokenizer.decode(ids) == " The film was not very dull"
     for text in (" The film was splendid", "The film", " The  film", " The film\n"):

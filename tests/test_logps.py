@@ -176,3 +176,22 @@ def test_a_row_without_a_second_answer_is_the_plain_sequence():
     assert not none.any()
     batch = data.collate(alone, [0, 1])
     assert batch.ids.tolist() == [[1, 2, 3, 4], [3, 0, 0, 0]], "nothing is fed but the sequence"
+
+
+def test_bfloat16_hidden_states_give_the_log_probs_to_1e_3():
+    """The head under autocast, on bfloat16 states, against float64 on the very same states."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(5000, 128, 256, 2, 4))
+    for parameter in model.parameters():
+        parameter.data += 0.03 * torch.randn_like(parameter) * (parameter.dim() == 2)
+    lengths = [(20, 30, 8), (3, 1, 90), (40, 12, 12)]
+    rows = [data.TokenPair(*(torch.randint(5000, (n,)).tolist() for n in row)) for row in lengths]
+    batch = data.collate(rows, range(3))
+    states = model.hidden(batch.ids, batch.positions, batch.mask).detach().bfloat16()
+    model.hidden = lambda *_: states
+    with torch.autocast("cpu", torch.bfloat16):
+        low = torch.stack(dpo.response_logps(model, batch))
+    model.double().hidden = lambda *_: states.double()
+    exact = torch.stack(dpo.response_logps(model, batch))
+    why = "sums of log-probs from bfloat16 states, relative to float64"
+    expect(low / exact, torch.ones(2, 3), why, 1e-3)

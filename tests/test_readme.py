@@ -2,7 +2,6 @@
 
 import ast
 import csv
-import gzip
 import json
 import math
 import re
@@ -42,7 +41,8 @@ def test_commands_flags_and_names(root):
     flags = {"--" + field.name.replace("_", "-") for field in fields(cli.Config)}
     flags |= {"--no-decay", "--help", "--generated", "--quick"}
     flags |= {"--steps", "--only", "--shape", "--grow"}  # of experiments/bench.py
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= flags
+    flags |= {"--nproc_per_node", "--nnodes", "--rdzv-endpoint"}  # of torchrun
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", readme)) <= flags
     named = re.findall(r"`((?:\w+/)*\w+\.(?:py|ipynb|txt|md))`", readme)
     linked = re.findall(r"\]\((?!https:)([^)]+)\)", readme)
     for name in named + linked:
@@ -97,7 +97,7 @@ def test_the_training_commands_parse(root, tmp_path, monkeypatch):
     (tmp_path / "experiments").symlink_to(root / "experiments")
     monkeypatch.chdir(tmp_path)
     for command in commands:
-        if "--help" not in command:
+        if "--help" not in command and "--resume" not in command:  # that one asks for a run
             cli.parse_args(shlex.split(command))
 
 
@@ -268,22 +268,22 @@ def test_the_questions_are_answered_by_the_notebook(root):
             assert float(number) in near, f"{question} {number} is not printed in steps {steps}"
 
 
-def test_the_recipe_for_a_public_set(root, tmp_path, monkeypatch, capsys):
-    """README's lines of Python on dialogues: shared turns are the prompt, odd rows are left out."""
-    talk = "\n\nHuman: Hi.\n\nAssistant: Hello. Assistant: here.\n\nHuman: Why?\n\nAssistant:"
-    rows = [
-        (talk + " Since.", talk + " No."),
-        (talk + " Yes.", talk),
-        (talk + " A.", "\n\nHuman: B."),
-    ]
-    with gzip.open(tmp_path / "train.jsonl.gz", "wt", encoding="utf-8") as file:
-        for chosen, rejected in rows:
-            print(json.dumps({"chosen": chosen, "rejected": rejected}), file=file)
+def test_the_recipes_for_other_forms(root, tmp_path, monkeypatch, capsys):
+    """README's lines of Python turn lists of messages and a JSON array into pairs."""
+    said = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    asked = [*said, {"role": "user", "content": "Why?"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("Since.", "No.")]
+    row = dict(zip(("prompt", "chosen", "rejected"), (asked, *answers)))
+    (tmp_path / "messages.jsonl").write_text(json.dumps(row) + "\n")
+    pairs = [data.Pair("2 + 2 =", "4", "5"), data.Pair("3 + 3 =", "6", "7")]
+    (tmp_path / "array.json").write_text(json.dumps([pair._asdict() for pair in pairs]))
     monkeypatch.chdir(tmp_path)
-    (recipe,) = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.S)
-    exec(recipe, {})
-    (tmp_path / "pairs.jsonl").write_text(capsys.readouterr().out)
-    assert data.load_pairs(tmp_path / "pairs.jsonl") == [(talk, " Since.", " No.")]
+    recipes = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.S)
+    talk = "\n\nUser: Hi.\n\nAssistant: Hello.\n\nUser: Why?\n\nAssistant:"
+    for recipe, wanted in zip(recipes, ([(talk, " Since.", " No.")], pairs), strict=True):
+        exec(recipe, {})
+        (tmp_path / "pairs.jsonl").write_text(capsys.readouterr().out)
+        assert data.load_pairs(tmp_path / "pairs.jsonl") == wanted
 
 
 @pytest.mark.notebook

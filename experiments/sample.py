@@ -1,0 +1,68 @@
+"""A prompt continued by a trained policy and, beside it, by its reference.
+
+    python -m experiments.sample out "The film was"
+
+`out` is the folder of a run of train.py; equal lines for equal seeds.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import data
+from model import GPT
+
+
+def sample(folder, prompt, temperature=1.0, n=3, seed=0, max_new_tokens=100):
+    """n answers from each of the run's two models: {"reference": [texts], "policy": [texts]}.
+    InputError or OSError, in one line, where folder or prompt will not do."""
+    folder = Path(folder)
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+        toy, name = not settings["data"], settings["tokenizer"]
+    except (KeyError, TypeError, ValueError):
+        raise data.InputError(f"{folder}/config.json does not hold a run's settings") from None
+    if toy:
+        world = data.ToyWorld(settings["world"])
+        tokenizer, max_new_tokens, prompt = world.tokenizer, world.K, " " + prompt.strip()
+    else:
+        tokenizer = data.get_tokenizer(name)
+    ids = tokenizer.encode_ordinary(prompt)
+    if not ids:
+        raise data.InputError("the prompt is empty, and its last token predicts the answer")
+    answers = {}
+    for name in ("reference", "policy"):
+        model = GPT.from_pretrained(folder / name)
+        if model.config.vocab_size != tokenizer.n_vocab:
+            raise data.InputError(f"{folder / name}: its tokens are not those of {tokenizer.name}")
+        random = torch.Generator().manual_seed(seed)
+        rows = torch.tensor([ids] * n)
+        rows = model.generate(
+            rows, max_new_tokens, temperature, stop_token=tokenizer.eot_token, generator=random
+        )
+        texts = [tokenizer.decode(row[len(ids) :].tolist()) for row in rows]
+        answers[name] = [text.split(data.END)[0].strip() for text in texts]
+    return answers
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", help="what train.py wrote")
+    parser.add_argument("prompt")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
+    parser.add_argument("--n", type=int, default=3, help="answers of each")
+    args = parser.parse_args(argv)
+    try:
+        for name, texts in sample(args.folder, args.prompt, args.temperature, args.n).items():
+            for text in texts:
+                print(f"{name:10} {args.prompt.strip()} ... {text}")
+    except (data.InputError, OSError) as error:
+        print(f"sample: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

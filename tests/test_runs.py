@@ -1,0 +1,282 @@
+"""A run that is killed, interrupted, out of disk or shared among processes: nothing is lost."""
+
+import dataclasses
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cli
+import data
+import model
+import train
+from test_dpo import expect
+from test_logps import ROWS, tiny_gpt
+from test_train import SMALL, command, dpo_losses, write_pairs
+
+TOY = "--world small --pairs 2000 --sft-epochs 0.5 --epochs 8 --beta 0.5 --save-every 8".split()
+TIMES = "pairs_per_second", "seconds", "config"
+# Python that runs train.py with these flags and is killed as `kill -9` would, at a chosen call
+KILLED = """
+import os, signal, sys, model, train
+module, name, calls = sys.argv[1], sys.argv[2], int(sys.argv[3])
+module = {"train": train, "model": model, "torch": model.torch}[module]
+real = getattr(module, name)
+def counted(*args, **kwargs):
+    global calls
+    calls -= 1
+    if calls == 0:
+        if name == "save" and module is model.torch:  # in the middle of writing
+            open(args[1], "wb").write(b"half a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+setattr(module, name, counted)
+train.main(sys.argv[4:])
+"""
+POINTS = {  # module, function, at which call; 20 steps of SFT, then 32 of DPO
+    "in SFT": ("train", "backward", 11),
+    "in the reference's pass": ("train", "all_logps", 1),
+    "in DPO, before a checkpoint": ("train", "backward", 20 + 5),
+    "in DPO, three steps after a checkpoint": ("train", "backward", 20 + 20),
+    "while a checkpoint is written": ("torch", "save", 4),  # after reference, its sums, step 8
+}
+
+
+def weights(out):
+    return torch.load(Path(out) / "policy" / "pytorch_model.bin")
+
+
+def assert_same_run(out, whole):
+    """Weights and metrics to the last bit, but for what is a time; the table."""
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(out)[name], tensor), f"{name} differs from that of a whole run"
+    lines = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (out, whole)
+    ]
+    for resumed, wanted in zip(*lines, strict=True):
+        for key in wanted.keys() - set(TIMES):
+            assert resumed[key] == wanted[key], f"{key} at step {wanted['step']}"
+    tables = [json.loads((folder / "summary.json").read_text()) for folder in (out, whole)]
+    assert tables[0]["rows"] == tables[1]["rows"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbs."""
+    out = tmp_path_factory.mktemp("whole")
+    train.main([*TOY, "--out", str(out)])
+    return out
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_run_is_resumed_to_the_same_weights(point, whole, root, tmp_path):
+    args = [sys.executable, "-c", KILLED, *map(str, POINTS[point]), *TOY, "--out", tmp_path]
+    killed = subprocess.run(args, cwd=root, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "summary.json").exists()
+    train.main(["--resume", "--out", str(tmp_path)])
+    assert_same_run(tmp_path, whole)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(whole, tmp_path, monkeypatch, capsys):
+    """Between two checkpoints: the step is finished and saved, and nothing of it is lost."""
+    measure = train.measure
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return measure(*args)
+
+    monkeypatch.setattr(train, "measure", interrupted)
+    with pytest.raises(SystemExit) as exit:
+        train.main([*TOY, "--out", str(tmp_path)])
+    err = capsys.readouterr().err
+    assert exit.value.code == 130 and "--resume" in err and "Traceback" not in err
+    assert model.load(tmp_path / "checkpoint.pt")["step"] == 1, "the first line is logged at step 1"
+    monkeypatch.setattr(train, "measure", measure)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "Ctrl-C is Python's again"
+    train.main(["--resume", "--out", str(tmp_path)])
+    assert "going on after step 1" in capsys.readouterr().out
+    assert_same_run(tmp_path, whole)
+
+
+def spoil(out, name):
+    (out / name).write_bytes((out / name).read_bytes()[:-100])
+
+
+RESUMED = {  # what has happened to the folder, further flags, what the line says
+    "no run": (lambda out: (out / "config.json").unlink(), [], "no run in"),
+    "torn settings": (lambda out: spoil(out, "config.json"), [], "does not hold the settings"),
+    "settings of something else": (
+        lambda out: (out / "config.json").write_text('{"model_type": "gpt2"}'),
+        [],
+        "does not hold the settings",
+    ),
+    "another rate": (lambda out: None, ["--lr", "0.5"], "begun with lr=0.01, not 0.5"),
+    "torn checkpoint": (lambda out: spoil(out, "checkpoint.pt"), [], "checkpoint.pt: unreadable"),
+    "torn sums": (lambda out: spoil(out, "reference_logps.pt"), [], "logps.pt: unreadable"),
+    "torn reference": (lambda out: spoil(out, "reference/pytorch_model.bin"), [], "unreadable"),
+    "other pairs": (
+        lambda out: model.save({"pairs": 0, "logps": 0}, out / "reference_logps.pt"),
+        [],
+        "the pairs are not those",
+    ),
+    "a checkpoint of another shape": (
+        lambda out: model.save(
+            model.load(out / "checkpoint.pt") | {"model": tiny_gpt(0).state_dict()},
+            out / "checkpoint.pt",
+        ),
+        [],
+        "checkpoint.pt: not of this run",
+    ),
+    "code in a checkpoint": (
+        lambda out: torch.save({"step": print}, out / "checkpoint.pt"),
+        [],
+        "checkpoint.pt: unreadable",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_what_cannot_be_resumed_is_one_line(case, whole, tmp_path, capsys):
+    """Exit status 2, and the folder is as it was."""
+    change, flags, says = RESUMED[case]
+    out = tmp_path / "out"
+    subprocess.run(["cp", "-r", whole, out], check=True)
+    change(out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as exit:
+        train.main(["--resume", "--out", str(out), *flags])
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and err.startswith("train.py: ") and err.count("\n") == 1, err
+    assert says in err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_an_unfinished_run_on_real_pairs_is_not_overwritten(tmp_path, capsys):
+    """Forgetting --resume must not cost the hours that a checkpoint holds."""
+    write_pairs(tmp_path / "pairs.jsonl")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoint.pt").write_text("hours of work")
+    flags = ["--data", tmp_path / "pairs.jsonl", *SMALL, "--out", tmp_path / "out"]
+    with pytest.warns(UserWarning), pytest.raises(SystemExit):
+        train.main([*map(str, flags)])
+    assert "--resume" in capsys.readouterr().err
+    assert (tmp_path / "out" / "checkpoint.pt").read_text() == "hours of work"
+
+
+@pytest.fixture
+def little_disk():
+    """No file may grow beyond 20 kB; Python then gets an error in place of a signal."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_leaves_the_last_good_file(tmp_path, little_disk):
+    path = tmp_path / "checkpoint.pt"
+    model.save({"step": 1}, path)
+    with pytest.raises(OSError, match="checkpoint.pt: not written") as error:
+        model.save({"step": 2, "model": torch.zeros(100_000)}, path)
+    assert "\n" not in str(error.value) and model.load(path) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"], "no half file is left"
+
+
+def test_a_run_on_a_full_disk_is_one_line(tmp_path, capsys, little_disk):
+    with pytest.raises(SystemExit) as exit:
+        train.main([*TOY, "--out", str(tmp_path)])
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and err.count("\n") == 1 and "not written" in err, err
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_not_finite_names_step_and_pairs_and_changes_nothing(what):
+    """Pair 3, in the first batch that holds it; the weights are those of the step before."""
+    policy, ref = tiny_gpt(0), train.all_logps(tiny_gpt(1), ROWS, cli.TOY)
+    config = dataclasses.replace(cli.TOY, batch_size=1)
+
+    def losses_of(chosen, rejected, pair_ids):
+        losses = dpo_losses(ref)(chosen, rejected, pair_ids)
+        if what == "loss":
+            return torch.where(pair_ids == 2, torch.nan, losses)
+        return losses + torch.where(pair_ids == 2, chosen - chosen.detach(), 1).abs().sqrt()
+
+    with pytest.raises(data.InputError, match=r"step \d.* pairs 3 is not finite.*rate 0.01"):
+        for _ in train.updates(policy, ROWS, losses_of, config, 2, 1e-2):
+            after = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    for name, tensor in policy.state_dict().items():
+        assert tensor.isfinite().all() and torch.equal(tensor, after[name]), name
+
+
+# Many processes
+
+
+@pytest.mark.parametrize("micro", [0, 1])
+def test_two_processes_are_one(root, tmp_path, micro):
+    """torchrun on 25 pairs in batches of 8: the last batch is one pair, and one process is idle.
+    The key biases are left out: softmax does not see them, and Adam makes steps of mere rounding.
+    """
+    write_pairs(tmp_path / "pairs.jsonl", n=26)
+    flags = ["--data", tmp_path / "pairs.jsonl", *SMALL, "--batch-size", 8, "--lr", 1e-3]
+    flags += ["--micro-batch-size", micro, "--held-out", 0.1]
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = command(root, *flags, "--out", one)
+    assert alone.returncode == 0, alone.stderr
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    port = "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"
+    args = [*torchrun, *port, root / "train.py", *flags, "--out", two]
+    done = subprocess.run([*map(str, args)], capture_output=True, text=True, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("samples after DPO") == 1, "one process prints"
+    lines = [
+        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for out in (one, two)
+    ]
+    for ours, theirs in zip(*lines, strict=True):
+        for key in ours.keys() - set(TIMES):
+            assert theirs[key] == pytest.approx(ours[key], rel=1e-4, abs=1e-5), (key, ours["step"])
+    for name, tensor in weights(one).items():
+        other = weights(two)[name]
+        if name.endswith("c_attn.bias"):
+            q, _, v = tensor.chunk(3)
+            tensor, other = torch.cat([q, v]), torch.cat([*other.chunk(3)[::2]])
+        expect(other, tensor, f"{name} of two processes", 1e-5)
+    more = subprocess.run(
+        [*map(str, [*torchrun, *port, root / "train.py", "--resume", "--out", two])],
+        capture_output=True,
+        text=True,
+        env=ONE_THREAD,
+    )
+    assert more.returncode == 0, more.stderr
+
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_compiled_is_the_same_step(tmp_path, monkeypatch):
+    """--compile: through torch's tracing and its derived backward; the generated code itself, which
+    takes a minute to make, is what `python -m experiments.bench` compares."""
+    write_pairs(tmp_path / "pairs.jsonl", n=12)
+    compile = torch.nn.Module.compile
+    calls = []
+
+    def traced(self, **settings):
+        calls.append(settings)
+        compile(self, backend="aot_eager", **settings)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    flags = ["--data", tmp_path / "pairs.jsonl", *SMALL, "--lr", 1e-3, "--out"]
+    with pytest.warns(UserWarning, match="dropped"):
+        plain, compiled = (
+            train.main([*map(str, flags), str(tmp_path / name), *more])["rows"]["dpo"]
+            for name, more in (("plain", []), ("compiled", ["--compile"]))
+        )
+    assert calls == [{"dynamic": True}], "compiled once, with --compile only"
+    assert compiled == pytest.approx(plain, rel=1e-4, abs=1e-5)
