@@ -221,7 +221,7 @@ def read_folder(folder):
 
 
 def save(state, path):
-    """Beside, then renamed: never half a file. OSError if it can't be written; the old one stays."""
+    """Beside, then renamed: never half a file. OSError if it can't be; the old one then stays."""
     beside = Path(f"{path}.tmp")
     try:
         torch.save(state, beside)

@@ -44,8 +44,9 @@ def trl(rows, folder, batch, precompute=False):
             return self.last_loss
 
     config = DPOConfig(
-        output_dir=str(Path(folder) / "trl"), beta=BETA, learning_rate=LR, adam_beta2=BETAS[1], max_steps=TRL_STEPS,
-        per_device_train_batch_size=batch, lr_scheduler_type="constant", max_grad_norm=1.0,
+        output_dir=str(Path(folder) / "trl"), beta=BETA, learning_rate=LR, adam_beta2=BETAS[1],
+        max_steps=TRL_STEPS, per_device_train_batch_size=batch, lr_scheduler_type="constant",
+        max_grad_norm=1.0,
         bf16=False, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
         precompute_ref_log_probs=precompute, use_cpu=CONFIG.device == "cpu",
     )  # fmt: skip

@@ -95,9 +95,9 @@ def draw(seed, n, labels="hard", flip=0.0, among=None, stream=1000):
 
 
 def descend(model, losses_of, n, steps, lr, seed, batch=BATCH):
-    """Minimise the mean of losses_of(logps (P, Y), places (B,)) -> (B,) over n places, as train.py
-    does: AdamW, a short warm-up, a linear decay, clipped gradients. Yields (step, logps) before
-    each step and after the last.
+    """Minimise the mean of losses_of(logps (P, Y), places (B,)) -> (B,) over n places, much as
+    train.py does: AdamW (torch's own betas), a short warm-up, a linear decay, clipped gradients.
+    Yields (step, logps) before each step and after the last.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)

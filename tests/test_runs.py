@@ -171,29 +171,41 @@ def test_an_unfinished_run_on_real_pairs_is_not_overwritten(tmp_path, capsys):
     assert (tmp_path / "out" / "checkpoint.pt").read_text() == "hours of work"
 
 
-@pytest.fixture
-def little_disk():
-    """No file may grow beyond 20 kB; Python then gets an error in place of a signal."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+SAVED_TWICE = """
+import torch, model
+model.save({"step": 1}, "checkpoint.pt")
+try:
+    model.save({"step": 2, "model": torch.zeros(100_000)}, "checkpoint.pt")
+except OSError as error:
+    print(error)
+print(model.load("checkpoint.pt"))
+"""
 
 
-def test_a_full_disk_leaves_the_last_good_file(tmp_path, little_disk):
-    path = tmp_path / "checkpoint.pt"
-    model.save({"step": 1}, path)
-    with pytest.raises(OSError, match="checkpoint.pt: not written") as error:
-        model.save({"step": 2, "model": torch.zeros(100_000)}, path)
-    assert "\n" not in str(error.value) and model.load(path) == {"step": 1}
+def on_a_small_disk(args, root, folder):
+    """A process whose files may not grow beyond 20 kB: Python gets an error, as of a full disk."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    return subprocess.run(
+        [sys.executable, *args],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit)),
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_full_disk_leaves_the_last_good_file(root, tmp_path):
+    done = on_a_small_disk(["-c", SAVED_TWICE], root, tmp_path)
+    said, kept = done.stdout.splitlines()
+    assert said.startswith("checkpoint.pt: not written") and kept == "{'step': 1}", done
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"], "no half file is left"
 
 
-def test_a_run_on_a_full_disk_is_one_line(tmp_path, capsys, little_disk):
-    with pytest.raises(SystemExit) as exit:
-        train.main([*TOY, "--out", str(tmp_path)])
-    err = capsys.readouterr().err
-    assert exit.value.code == 2 and err.count("\n") == 1 and "not written" in err, err
+def test_a_run_on_a_full_disk_is_one_line(root, tmp_path):
+    done = on_a_small_disk([root / "train.py", *TOY], root, tmp_path)
+    assert done.returncode == 2 and "not written" in done.stderr, done.stderr
+    assert done.stderr.startswith("train.py: ") and done.stderr.count("\n") == 1, done.stderr
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
