@@ -271,11 +271,11 @@ def show(task, model, number):
             scored.setdefault(batch.score_at[row].item(), []).append(f"{side} {token!r}")
     print("place  position  token             looks at         scored here")
     for place, token in enumerate(task.tokenizer.decode([i]) for i in batch.ids[0].tolist()):
-        seen = batch.mask[0, place].nonzero().flatten().numpy()
-        if seen[0] > 0:
+        position, scores = batch.positions[0, place].item(), ", ".join(scored.get(place, []))
+        if place and position == 0:
             print(f"{place:5}  padding from here to {batch.ids.shape[1] - 1}")
             break
+        seen = batch.mask[0, place].nonzero().flatten().numpy()
         runs = np.split(seen, np.flatnonzero(np.diff(seen) > 1) + 1)
         looks_at = ", ".join(f"{run[0]}-{run[-1]}" for run in runs)
-        position, scores = batch.positions[0, place].item(), ", ".join(scored.get(place, []))
         print(f"{place:5}  {position:8}  {token!r:16}  {looks_at:15}  {scores}".rstrip())

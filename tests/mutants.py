@@ -33,7 +33,7 @@ TESTS = [
     "test_dpo.py",
     *(
         f"tests/test_{x}.py"
-        for x in ("losses", "logps", "data", "model", "train", "runs", "experiments")
+        for x in ("losses", "logps", "data", "model", "train", "train_runs", "experiments")
     ),
 ]
 FILES = [
@@ -339,46 +339,47 @@ PLANTED = [
     ("lab: reference of the loss left out", "experiments/lab.py", "ref[x, both], LENGTHS",
      "0 * ref[x, both], LENGTHS"),
     ("lab: ranks without ties", "experiments/lab.py", "- (counts - 1) / 2", ""),
-    ("resume: the optimiser begins anew", "train.py",
+    ("run, resume: the optimiser begins anew", "train.py",
      '            optimizer.load_state_dict(saved["optimizer"])\n', ""),
-    ("resume: the weights stay the reference's", "train.py",
+    ("run, resume: the weights stay the reference's", "train.py",
      '            model.load_state_dict(saved["model"])\n', ""),
-    ("resume: the pairs in their first order", "train.py", "generator), done, None)",
+    ("run, resume: the pairs in their first order", "train.py", "generator), done, None)",
      "generator), 0, None)"),
-    ("resume: one step is left out", "train.py", "zip(range(done + 1,", "zip(range(done + 2,"),
-    ("resume: the half-trained policy is the reference", "train.py",
+    ("run, resume: one step is left out", "train.py", "zip(range(done + 1,", "zip(range(done + 2,"),
+    ("run, resume: the half-trained policy is the reference", "train.py",
      "    task.use_reference(model)  # the toy's pairs are drawn from it\n",
      '    if config.resume and (out / "checkpoint.pt").exists():\n'
      '        model.load_state_dict(load(out / "checkpoint.pt")["model"])\n'
      "    task.use_reference(model)\n"),
-    ("resume: sums of other pairs", "train.py", 'saved["pairs"] != pairs', "False"),
-    ("resume: flags that differ", "cli.py", "if value != getattr(config, name):", "if False:"),
-    ("an old run is resumed from", "train.py",
+    ("run, resume: sums of other pairs", "train.py", 'saved["pairs"] != pairs', "False"),
+    ("run, resume: flags that differ", "cli.py", "if value != getattr(config, name):", "if False:"),
+    ("run, an old run is resumed from", "train.py",
      "            (out / name).unlink(missing_ok=True)", "            pass"),
-    ("an unfinished run is overwritten", "train.py", "if config.data and (out",
+    ("run, an unfinished run is overwritten", "train.py", "if config.data and (out",
      "if False and (out"),
-    ("checkpoint written in its place", "model.py", 'Path(f"{path}.tmp")', "Path(path)"),
-    ("half a file is left", "model.py", "        beside.unlink(missing_ok=True)\n", ""),
-    ("a file may run code", "model.py", "weights_only=True)\n    except Exception",
+    ("run, checkpoint written in its place", "model.py", 'Path(f"{path}.tmp")', "Path(path)"),
+    ("run, half a file is left", "model.py", "        beside.unlink(missing_ok=True)\n", ""),
+    ("run, a file may run code", "model.py", "weights_only=True)\n    except Exception",
      "weights_only=False)\n    except Exception"),
-    ("Ctrl-C loses the steps since the checkpoint", "train.py",
+    ("run, Ctrl-C loses the steps since the checkpoint", "train.py",
      "config.save_every == 0 or interrupted)", "config.save_every == 0)"),
-    ("Ctrl-C stays ours", "train.py", "            signal.signal(sort, handler)",
+    ("run, Ctrl-C stays ours", "train.py", "            signal.signal(sort, handler)",
      "            pass"),
-    ("a loss that is not finite", "train.py",
+    ("run, a loss that is not finite", "train.py",
      "if not (finite.all() and grad_norm.isfinite()):", "if not grad_norm.isfinite():"),
-    ("a gradient that is not finite", "train.py",
+    ("run, a gradient that is not finite", "train.py",
      "if not (finite.all() and grad_norm.isfinite()):", "if not finite.all():"),
-    ("not finite, found after the step", "train.py",
+    ("run, not finite, found after the step", "train.py",
      "        look = step in (1,", "        optimizer.step()\n        look = step in (1,"),
-    ("processes: an idle one counts", "train.py", "share = 0 if idle else PROCESSES",
+    ("run, processes: an idle one counts", "train.py", "share = 0 if idle else PROCESSES",
      "share = PROCESSES"),
-    ("processes: a mean of unequal means", "train.py", STEP,
+    ("run, processes: a mean of unequal means", "train.py", STEP,
      "            (losses.mean() * (share > 0)).backward()"),
-    ("processes: none hears of the others", "train.py",
+    ("run, processes: none hears of the others", "train.py",
      "net = DistributedDataParallel(model) if", "net = model if"),
-    ("processes: all take the same slice", "train.py", "part[RANK::PROCESSES]", "part[::PROCESSES]"),
-    ("compile without being asked", "train.py", "    if config.compile:\n", "    if True:\n"),
+    ("run, processes: all take the same slice", "train.py", "part[RANK::PROCESSES]",
+     "part[::PROCESSES]"),
+    ("run, compile without being asked", "train.py", "    if config.compile:\n", "    if True:\n"),
     ("dialogues: the first turn is the prompt", "data.py", "rpartition(ASSISTANT)",
      "partition(ASSISTANT)"),
     ("dialogues: an answer may hold a question", "data.py",
@@ -520,11 +521,14 @@ def run(mutant, clean):
         (Path(planted) / file).write_text(new)
         os.chdir(planted)
         signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError))
-        signal.alarm(200)  # some bugs never end
+        signal.alarm(400)  # some bugs never end
         first = FirstFailure()
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             stem, folder = Path(file).stem, Path(file).parent.name  # its own tests first
-            tests = sorted(TESTS, key=lambda path: (stem not in path, folder not in path))
+            runs = name.startswith("run")
+            tests = sorted(
+                TESTS, key=lambda x: (("runs" in x) != runs, stem not in x, folder not in x)
+            )
             status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], [first])
         signal.alarm(0)
         os.chdir("/")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import cli
 import data
 import model
 import train
+from experiments import sample
 from test_dpo import expect
 from test_logps import ROWS, tiny_gpt
 from test_train import SMALL, command, dpo_losses, write_pairs
@@ -227,6 +229,87 @@ def test_not_finite_names_step_and_pairs_and_changes_nothing(what):
         assert tensor.isfinite().all() and torch.equal(tensor, after[name]), name
 
 
+# What can be looked at
+
+
+SHOWN = """\
+place  position  token             looks at         scored here
+    0         0  'h'               0-0
+    1         1  'i'               0-1              chosen 'a', rejected 'a'
+    2         2  'a'               0-2              chosen 'b', rejected 'c'
+    3         3  'b'               0-3              chosen '<|endoftext|>'
+    4         3  'c'               0-2, 4-4         rejected '<|endoftext|>'
+    5  padding from here to 8
+"""
+
+
+def test_show_is_the_row_by_hand(capsys):
+    """Prompt "hi", answers "ab" and "ac": what both begin with is one place; then they part."""
+    rows = [
+        data.TokenPair([1], [2] * 5, [3] * 5),
+        data.TokenPair(*map(list, (b"hi", b"ab", b"ac"))),
+    ]
+    rows[1].chosen.append(256), rows[1].rejected.append(256)
+    bytes_ = data.get_tokenizer("bytes")
+    task = SimpleNamespace(rows=rows, tokenizer=bytes_, config=SimpleNamespace(data="a file"))
+    cli.show(task, None, 2)
+    assert capsys.readouterr().out == SHOWN
+    with pytest.raises(data.InputError, match="--show 3: there are 2 pairs"):
+        cli.show(task, None, 3)
+
+
+def test_show_is_all_that_it_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--show", "1"]) is None
+    assert "scored here" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_samples_of_policy_and_reference(whole):
+    """At temperature 0: at each place the likeliest token of the saved model."""
+    answers = sample.sample(whole, "The film was", temperature=0, n=2)
+    world = data.ToyWorld("small")
+    for name in ("reference", "policy"):
+        gpt, ids = model.GPT.from_pretrained(whole / name), world.prompt_ids[:1].clone()
+        for _ in range(world.K):
+            ids = torch.cat([ids, gpt(ids)[:, -1:].argmax(-1)], 1)
+            if ids[0, -1] == world.W:
+                break
+        text = world.tokenizer.decode(ids[0, 3:].tolist()).removesuffix(data.END).strip()
+        assert answers[name] == [text, text]
+
+
+@pytest.mark.parametrize(
+    "prompt, folder, says",
+    [("The boat was", "", "boat"), ("x", "policy", "does not hold"), ("x", "nowhere", "nowhere")],
+)
+def test_samples_refuse_in_one_line(prompt, folder, says, whole, capsys):
+    with pytest.raises(SystemExit) as exit:
+        sample.main([str(whole / folder), prompt])
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and says in err and err.count("\n") == 1
+
+
+DEVICES = ["cpu"]
+DEVICES += ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype, near", [("float32", 1e-3), ("bfloat16", 0.03)])
+def test_every_device_and_precision_begins_alike(device, dtype, near, tmp_path):
+    """One seed, one untrained reference: nearly the numbers of the CPU in float32."""
+    write_pairs(tmp_path / "pairs.jsonl")
+    flags = ["--data", tmp_path / "pairs.jsonl", *SMALL, "--sft-epochs", 0, "--epochs", 1]
+    rows = []
+    for name, *more in (("wanted", "cpu", "float32"), ("got", device, dtype)):
+        out = tmp_path / name
+        settings = ["--device", more[0], "--dtype", more[1], "--out", out]
+        with pytest.warns(UserWarning, match="dropped"):
+            train.main([*map(str, flags + settings)])
+        rows.append(json.loads((out / "metrics.jsonl").read_text().splitlines()[-1]))
+    for key in ("loss", "chosen_logp", "rejected_logp", "grad_norm"):
+        assert rows[1][key] == pytest.approx(rows[0][key], rel=near), key
+
+
 # Many processes
 
 
@@ -260,13 +343,6 @@ def test_two_processes_are_one(root, tmp_path, micro):
             q, _, v = tensor.chunk(3)
             tensor, other = torch.cat([q, v]), torch.cat([*other.chunk(3)[::2]])
         expect(other, tensor, f"{name} of two processes", 1e-5)
-    more = subprocess.run(
-        [*map(str, [*torchrun, *port, root / "train.py", "--resume", "--out", two])],
-        capture_output=True,
-        text=True,
-        env=ONE_THREAD,
-    )
-    assert more.returncode == 0, more.stderr
 
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
