@@ -38,7 +38,8 @@ TESTS = [
 ]
 FILES = [
     *("dpo.py", "data.py", "model.py", "train.py"),
-    *(f"experiments/{x}.py" for x in ("losses", "lab", "rlhf", "frontier", "claims", "verdicts")),
+    *(f"experiments/{x}.py" for x in ("losses", "lab", "rlhf", "frontier")),
+    *(f"experiments/{x}.py" for x in ("claims", "verdicts", "sample")),
     "cli.py",
 ]
 
