@@ -71,6 +71,12 @@ DIALOGUES = {  # chosen, rejected, the pair; None if it is dropped
     "one goes on for a turn": (TALK + " A.\n\nHuman: B?\n\nAssistant: C.", TALK + " D.", None),
     "they part early": (TALK + " A.", "\n\nHuman: Hi.\n\nAssistant: Go away.", None),
     "they differ at once": (TALK + " A.", "?" + TALK + " B.", None),
+    "no question at all": ("\n\nAssistant: A.", "?\n\nAssistant: B.", None),
+    "one answers twice": (
+        TALK + " A.",
+        TALK + " B.\n\nAssistant: C.",
+        (TALK, " A.", " B.\n\nAssistant: C."),
+    ),
     "another question": (TALK.replace("Why", "Where") + " A.", TALK + " B.", None),
 }
 

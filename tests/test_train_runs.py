@@ -173,6 +173,22 @@ def test_an_unfinished_run_on_real_pairs_is_not_overwritten(tmp_path, capsys):
     assert (tmp_path / "out" / "checkpoint.pt").read_text() == "hours of work"
 
 
+def test_a_new_run_leaves_nothing_of_an_old_one_to_be_resumed(whole, tmp_path, monkeypatch):
+    """Interrupted before it has a reference of its own, in a folder where another run ended."""
+    out = tmp_path / "out"
+    subprocess.run(["cp", "-r", whole, out], check=True)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_sft", interrupted)
+    with pytest.raises(SystemExit):
+        train.main([*TOY, "--seed", "1", "--out", str(out)])
+    kept = [out / x for x in ("reference/config.json", "reference_logps.pt", "checkpoint.pt")]
+    assert not [path for path in kept if path.exists()], "a resumed run would begin with these"
+    assert json.loads((out / "config.json").read_text())["seed"] == 1
+
+
 SAVED_TWICE = """
 import torch, model
 model.save({"step": 1}, "checkpoint.pt")
@@ -318,12 +334,12 @@ def test_two_processes_are_one(root, tmp_path, micro):
     """torchrun on 25 pairs in batches of 8: the last batch is one pair, and one process is idle.
     The key biases are left out: softmax does not see them, and Adam makes steps of mere rounding.
     """
-    write_pairs(tmp_path / "pairs.jsonl", n=26)
+    write_pairs(tmp_path / "pairs.jsonl", n=27)
     flags = ["--data", tmp_path / "pairs.jsonl", *SMALL, "--batch-size", 8, "--lr", 1e-3]
     flags += ["--micro-batch-size", micro, "--held-out", 0.1]
     one, two = tmp_path / "one", tmp_path / "two"
     alone = command(root, *flags, "--out", one)
-    assert alone.returncode == 0, alone.stderr
+    assert alone.returncode == 0 and "25 pairs to train on" in alone.stdout, alone.stderr
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     port = "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"
     args = [*torchrun, *port, root / "train.py", *flags, "--out", two]
