@@ -58,7 +58,7 @@ class Config:
     eval_every: int = knob(100, "steps between evaluations")
     save_every: int = knob(500, "steps between checkpoints, to be resumed from")
     resume: bool = knob(False, "go on with the run in --out, whose settings hold")
-    show: int = knob(0, "show this pair as the model gets it (1: the first) and do nothing else")
+    show: int = knob(0, "show this training pair as the model gets it, counted from 1, and stop")
     seed: int = knob(0, "of weights, corpus, pairs, labels and order; the world is fixed")
     out: str = knob("out", "folder for everything that is written")
 
@@ -84,18 +84,19 @@ def parse_args(argv):
         kind = {"action": argparse.BooleanOptionalAction} if setting.type is bool else typed
         parser.add_argument(flags[setting.name], default=argparse.SUPPRESS, help=help, **kind)
     given = vars(parser.parse_args(argv))
-    if given.pop("resume", False):
-        return resume(given)
-    config = replace(REAL if given.get("data") else TOY, **given)
-
+    resumed = given.pop("resume", False)
+    config = resume(given) if resumed else replace(REAL if given.get("data") else TOY, **given)
     dead = {"world", "pairs", "labels"} if config.data else {"tokenizer", "init", "block_size"}
     dead |= {"n_layer", "n_head", "n_embd"} if config.init else set()
     for name in dead & set(given):
         refuse(f"{flags[name]} has no effect {'here' if config.data else 'without --data'}")
     for setting in fields(Config):
         value, may_be_0 = given.get(setting.name, 1), setting.name in MAY_BE_0
-        if setting.type in (int, float) and not (0 < value < math.inf or (value == 0 and may_be_0)):
-            refuse(f"{flags[setting.name]} must be {'0 or over' if may_be_0 else 'over 0'}")
+        limit = {int: 2**63, float: math.inf}.get(setting.type)
+        if limit and not (0 < value < limit or (value == 0 and may_be_0)):
+            refuse(
+                f"{flags[setting.name]} must be {'0 or over' if may_be_0 else 'over 0'}, and finite"
+            )
     config = resolve_loss(config, given)
     if config.n_embd % config.n_head:
         refuse(f"--n-embd {config.n_embd} does not divide into --n-head {config.n_head}")
@@ -109,7 +110,8 @@ def parse_args(argv):
 
 
 def resume(given):
-    """The settings of the run in --out; InputError where there is none or a flag says otherwise."""
+    """The settings of the run in --out, which may go on upon another device; InputError where there
+    is none or a flag says otherwise."""
     path = Path(given.pop("out", TOY.out)) / "config.json"
     if not path.exists():
         refuse(f"--resume: there is no run in {path.parent}")
@@ -118,16 +120,17 @@ def resume(given):
     except (ValueError, TypeError) as error:
         refuse(f"--resume: {path} does not hold the settings of a run ({error})")
     for name, value in given.items():
-        if value != getattr(config, name):
+        if name != "device" and value not in ("auto", getattr(config, name)):
             refuse(f"--resume: that run was begun with {name}={getattr(config, name)}, not {value}")
-    return replace(config, resume=True, out=str(path.parent))
+    device = given.get("device", "auto")
+    return replace(config, resume=True, out=str(path.parent), device=device)
 
 
 def resolve_loss(config, given):
     """Try the loss, so that it fails now and not after SFT; fill in its own defaults."""
     try:
         loss = load_loss(config.loss)
-        for B in (2, 3):
+        for B in (1, 2, 3):
             logps = torch.full((2, B), -1.0, requires_grad=True)
             losses = call_loss(loss, config, logps, logps.detach(), torch.ones(2, B))
             if losses.shape != (B,):
@@ -199,6 +202,15 @@ def measure(record, ref_logps, beta):
     metrics = dpo.describe(record["chosen_logp"], record["rejected_logp"], *ref_logps, beta=beta)
     metrics |= {"loss": record["loss"], "weight": -record["chosen_grad"] / beta}
     return means(metrics | {"grad_norm": record["grad_norm"]}) | {"lr": record["lr"]}
+
+
+def check_finite(step, losses, grad_norm, pair_ids, lr, config):
+    finite = losses.isfinite().cpu()
+    if not (finite.all() and grad_norm.isfinite()):
+        bad = pair_ids if finite.all() else pair_ids[~finite]
+        pairs = ", ".join(str(i + 1) for i in bad[:5].tolist()) + ", ..." * (len(bad) > 5)
+        where = f"step {step}: the loss or gradient of pairs {pairs} is not finite"
+        refuse(f"{where}; is learning rate {lr} too large?" + " See --show." * bool(config.data))
 
 
 def describe_step(metrics, steps, seconds_left):

@@ -75,13 +75,13 @@ def split_dialogues(record):
     empty; a record in another form is returned as it is.
     """
     texts = [record.get(field) for field in ("chosen", "rejected")]
-    if "prompt" in record or not all(isinstance(x, str) and ASSISTANT in x for x in texts):
+    strings = all(isinstance(text, str) for text in texts)
+    if "prompt" in record or not strings or ASSISTANT not in "".join(texts):
         return record
     before, turn, _ = commonprefix(texts).rpartition(ASSISTANT)
     answers = [text.removeprefix(before + turn) for text in texts]
-    if not turn or any("\n\nHuman:" in answer or not answer.strip() for answer in answers):
-        return None
-    return dict(zip(Pair._fields, [before + turn, *answers]))
+    one_turn = all(x.strip() and not re.search(r"\n\n(Human|Assistant):", x) for x in answers)
+    return dict(zip(Pair._fields, [before + turn, *answers])) if turn and one_turn else None
 
 
 # Text -> token ids

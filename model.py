@@ -145,33 +145,22 @@ class GPT(nn.Module):
         """GPT-2's weights by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl: downloaded once), or a
         folder in Hugging Face's GPT-2 format. OSError, in one line, if it can't be read.
         """
-        folder = Path(name)
-        if name in PUBLISHED:
-            config = GPTConfig(
-                n_embd=PUBLISHED[name][0], n_layer=PUBLISHED[name][1], n_head=PUBLISHED[name][2]
-            )
-            url = f"https://huggingface.co/openai-community/{name}/resolve/main/pytorch_model.bin"
-            state = torch.hub.load_state_dict_from_url(
-                url, map_location="cpu", file_name=f"{name}.bin", weights_only=True
-            )
-        elif (folder / "config.json").is_file():
-            config, state = read_folder(folder)
-        else:
+        if name not in PUBLISHED and not (Path(name) / "config.json").is_file():
             names = ", ".join(PUBLISHED)
             raise OSError(f"{name}: neither a folder with a config.json nor one of {names}")
-        model = cls(config)
-        ours = {}
-        for key, tensor in state.items():
-            key = key.removeprefix("transformer.")
-            if key.endswith((".attn.bias", ".attn.masked_bias")) or key == "lm_head.weight":
-                continue  # the causal mask, which is no weight, and the head, which is wte
-            ours[key] = tensor.T if key.endswith(TRANSPOSED) else tensor
         try:
+            config, state = download(name) if name in PUBLISHED else read_folder(Path(name))
+            if config.n_embd % config.n_head:
+                raise ValueError("n_embd does not divide into n_head")
+            model, ours = cls(config), {}
+            for key, tensor in state.items():
+                key = key.removeprefix("transformer.")
+                if key.endswith((".attn.bias", ".attn.masked_bias")) or key == "lm_head.weight":
+                    continue  # the causal mask, which is no weight, and the head, which is wte
+                ours[key] = tensor.T if key.endswith(TRANSPOSED) else tensor
             model.load_state_dict(ours)
-        except RuntimeError as error:
-            raise OSError(
-                f"{name}: weights of another shape: {str(error).splitlines()[1].strip()}"
-            ) from None
+        except Exception as error:  # torn, of another shape, of another kind, no network
+            raise OSError(f"{name}: unreadable, {one_line(error)}") from None
         return model
 
     def save_pretrained(self, folder):
@@ -186,8 +175,7 @@ class GPT(nn.Module):
             )
         config = asdict(self.config) | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
         save(state, folder / "pytorch_model.bin")
-        (folder / "config.json.tmp").write_text(json.dumps(config, indent=2))
-        os.replace(folder / "config.json.tmp", folder / "config.json")
+        save_json(config, folder / "config.json")
 
 
 PUBLISHED = {  # n_embd, n_layer, n_head
@@ -199,36 +187,49 @@ PUBLISHED = {  # n_embd, n_layer, n_head
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there, (out, in) here
 
 
+def download(name):
+    """A published checkpoint, fetched with a progress bar, then kept in torch.hub's folder."""
+    n_embd, n_layer, n_head = PUBLISHED[name]
+    url = f"https://huggingface.co/openai-community/{name}/resolve/main/pytorch_model.bin"
+    kept = dict(file_name=f"{name}.bin", map_location="cpu", weights_only=True)
+    try:
+        state = torch.hub.load_state_dict_from_url(url, **kept)
+    except Exception as error:
+        raise OSError(f"{one_line(error)} (kept in {torch.hub.get_dir()}/checkpoints)") from None
+    return GPTConfig(n_embd=n_embd, n_layer=n_layer, n_head=n_head), state
+
+
 def read_folder(folder):
     """config.json, and pytorch_model.bin, running no code in it, or model.safetensors."""
+    given = json.loads((folder / "config.json").read_text())
+    config = GPTConfig(**{key: given[key] for key in asdict(GPTConfig()) if key in given})
+    if (folder / "pytorch_model.bin").is_file():
+        return config, load(folder / "pytorch_model.bin")
+    if not (folder / "model.safetensors").is_file():
+        raise OSError("it holds neither pytorch_model.bin nor model.safetensors")
     try:
-        given = json.loads((folder / "config.json").read_text())
-        config = GPTConfig(**{key: given[key] for key in asdict(GPTConfig()) if key in given})
-        if (folder / "pytorch_model.bin").is_file():
-            weights = folder / "pytorch_model.bin"
-            return config, load(weights)
-        if (folder / "model.safetensors").is_file():
-            from safetensors.torch import load_file
-
-            return config, load_file(folder / "model.safetensors")
-    except OSError:
-        raise
+        from safetensors.torch import load_file
     except ImportError:
-        raise OSError(f"{folder}: to read model.safetensors, pip install safetensors") from None
-    except Exception as error:
-        raise OSError(f"{folder}: unreadable, {first_line(error)}") from None
-    raise OSError(f"{folder}: holds neither pytorch_model.bin nor model.safetensors")
+        raise OSError("to read model.safetensors, pip install safetensors") from None
+    return config, load_file(folder / "model.safetensors")
 
 
 def save(state, path):
     """Beside, then renamed: never half a file. OSError if it can't be; the old one then stays."""
     beside = Path(f"{path}.tmp")
     try:
-        torch.save(state, beside)
-    except RuntimeError as error:  # what torch raises where the disk is full
+        with open(beside, "wb") as file:
+            torch.save(state, file)
+            os.fsync(file.fileno())  # on the disk before it replaces the old one
+    except (OSError, RuntimeError) as error:  # a full disk
         beside.unlink(missing_ok=True)
-        raise OSError(f"{path}: not written, {first_line(error)}") from None
+        raise OSError(f"{path}: not written, {one_line(error)}") from None
     os.replace(beside, path)
+
+
+def save_json(record, path):
+    Path(f"{path}.tmp").write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(f"{path}.tmp", path)
 
 
 def load(path):
@@ -236,8 +237,8 @@ def load(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise OSError(f"{path}: unreadable, {first_line(error)}") from None
+        raise OSError(f"{path}: unreadable, {one_line(error)}") from None
 
 
-def first_line(error):
-    return str(error).split("\n")[0] or type(error).__name__
+def one_line(error):
+    return " ".join(str(error).split())[:200] or type(error).__name__

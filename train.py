@@ -18,7 +18,7 @@ import time
 import warnings
 import zlib
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
@@ -28,9 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import dpo
-from cli import Config, call_loss, describe_step, load_loss, means, measure, parse_args
-from cli import plot, progress, refuse, report, samples, show
-from model import GPT, GPTConfig, load, save
+from cli import Config, call_loss, check_finite, describe_step, load_loss, means, measure
+from cli import parse_args, plot, progress, refuse, report, samples, show
+from model import GPT, GPTConfig, load, save, save_json
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun says which process this is
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
@@ -71,10 +71,15 @@ def run(config: Config):
         if RANK == 0:
             model.save_pretrained(out / "reference")
     task.use_reference(model)  # the toy's pairs are drawn from it
-    ref_logps = reference_logps(model, task.rows, config)
+    mark, path = mark_of_run(task, config), out / "reference_logps.pt"
+    saved = saved_by_run(path, config, mark)
+    ref_logps = all_logps(model, task.rows, config) if not saved else saved["logps"]
+    ref_logps = ref_logps.to(model.device)  # once; from here on only the policy is in memory
+    if RANK == 0:
+        save({"mark": mark, "logps": ref_logps}, path)
     results = {"reference": task.evaluate(model)}
     before = samples(model, task, config.seed)
-    history = train_dpo(model, task, ref_logps, config)
+    history = train_dpo(model, task, ref_logps, config, mark)
     name = config.loss if config.loss in dpo.LOSSES else "policy"
     results[name] = task.evaluate(model)
     results |= {} if config.data else {"optimum": task.exact(task.best)}
@@ -84,7 +89,7 @@ def run(config: Config):
     report(summary, before, samples(model, task, config.seed))
     if RANK == 0:
         model.save_pretrained(out / "policy")
-        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        save_json(summary, out / "summary.json")
         plot(history, results, out / "curves.png")
     if PROCESSES > 1:
         distributed.destroy_process_group()
@@ -107,10 +112,29 @@ def begin(config):
         if config.data and (out / "checkpoint.pt").exists() and not (out / "summary.json").exists():
             refuse(f"{out} holds a run that is not finished: add --resume, or give another --out")
         out.mkdir(parents=True, exist_ok=True)
-        for name in "reference/config.json reference_logps.pt checkpoint.pt summary.json".split():
+        old = "reference/config.json reference_logps.pt checkpoint.pt policy/config.json curves.png"
+        for name in [*old.split(), "summary.json"]:
             (out / name).unlink(missing_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        save_json(asdict(config), out / "config.json")
     return out
+
+
+def mark_of_run(task, config):
+    """A number that tells this run's files from those of other settings, pairs or loss."""
+    settings = asdict(replace(config, resume=False, out="", device=""))
+    path = Path(config.loss.rpartition(":")[0])
+    loss = path.read_text() if config.loss not in dpo.LOSSES else ""
+    return zlib.crc32(repr((settings, loss, task.rows, task.held_out)).encode())
+
+
+def saved_by_run(path, config, mark):
+    """What this very run has saved there; None without --resume, or where it had not yet."""
+    if not (config.resume and path.exists()):
+        return None
+    saved = load(path)
+    if not isinstance(saved, dict) or saved.get("mark") != mark:
+        refuse(f"--resume: {path} is not of this run: settings, pairs or the loss are others")
+    return saved
 
 
 class ToyTask:
@@ -198,21 +222,7 @@ def train_sft(model, rows, config):
             progress(f"SFT {step}/{steps}  loss {loss:.3f} nats an answer", step == steps)
 
 
-def reference_logps(model, rows, config):
-    """Of the reference, once; then only the policy is in memory. With --resume from their file."""
-    path, pairs = Path(config.out) / "reference_logps.pt", zlib.crc32(repr(rows).encode())
-    if config.resume and path.exists():
-        saved = load(path)
-        if saved["pairs"] != pairs:
-            refuse(f"--resume: the pairs are not those that the run in {config.out} began with")
-        return saved["logps"].to(model.device)
-    logps = all_logps(model, rows, config)
-    if RANK == 0:
-        save({"pairs": pairs, "logps": logps}, path)
-    return logps
-
-
-def train_dpo(model, task, ref_logps, config):
+def train_dpo(model, task, ref_logps, config, mark=None):
     """Minimise Eq. 7 or another loss; returns what was measured: step 0, then metrics.jsonl."""
     loss = load_loss(config.loss)
     lengths = torch.tensor([[len(row.chosen), len(row.rejected)] for row in task.rows])
@@ -227,10 +237,9 @@ def train_dpo(model, task, ref_logps, config):
         p = task.p.to(model.device)[pair_ids]  # of endless annotators, the share that says chosen
         return p * losses + (1 - p) * swapped
 
-    path, saved, done = Path(config.out) / "checkpoint.pt", None, 0
+    path, done = Path(config.out) / "checkpoint.pt", 0
     history, start, seen = [{"step": 0} | task.evaluate(model)], time.time(), 0
-    if config.resume and path.exists():
-        saved = load(path)
+    if saved := saved_by_run(path, config, mark):
         done, history = saved["step"], saved["history"]
         print(f"going on after step {done}")
     elif config.loss == "dpo":
@@ -251,10 +260,13 @@ def train_dpo(model, task, ref_logps, config):
                 print(json.dumps(metrics), file=file, flush=True)
                 left = (steps - step) * (time.time() - start) / (step - done)
                 progress(describe_step(metrics, steps, left), step == 1 or evaluate)
-            if RANK == 0 and (step % config.save_every == 0 or interrupted):
+            if 0 not in (step % config.log_every, step % config.save_every):
+                continue
+            stop = gather([torch.tensor([[len(interrupted)]])], [torch.tensor([RANK])], PROCESSES)
+            if RANK == 0 and (step % config.save_every == 0 or stop.any()):
                 state = {"model": model.state_dict(), "optimizer": record["optimizer"].state_dict()}
-                save({"step": step, "history": history} | state, path)
-            if interrupted:
+                save({"mark": mark, "step": step, "history": history} | state, path)
+            if stop.any():  # all processes at one step
                 raise KeyboardInterrupt
     return history
 
@@ -289,11 +301,8 @@ def updates(model, rows, losses_of, config, epochs, peak_lr, saved=None):
     warmup = max(1, min(config.warmup_steps, steps // 10))
     done = saved["step"] if saved else 0
     if saved:
-        try:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-        except (KeyError, RuntimeError, ValueError):  # names, shapes or groups that do not fit
-            refuse(f"--resume: {config.out}/checkpoint.pt: not of this run")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
     net = DistributedDataParallel(model) if PROCESSES > 1 else model
     batches = islice(data.batches(rows, config.batch_size, generator), done, None)
     for step, pair_ids in zip(range(done + 1, steps + 1), batches):
@@ -307,18 +316,9 @@ def updates(model, rows, losses_of, config, epochs, peak_lr, saved=None):
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         look = step in (1, steps) or 0 in (step % config.log_every, step % config.save_every)
         if look or model.device.type == "cpu":  # elsewhere a look waits for the device
-            check_finite(step, record["loss"], grad_norm, pair_ids, peak_lr)
+            check_finite(step, record["loss"], grad_norm, pair_ids, peak_lr, config)
         optimizer.step()
         yield step, steps, record | dict(grad_norm=grad_norm, lr=lr, optimizer=optimizer), pair_ids
-
-
-def check_finite(step, losses, grad_norm, pair_ids, lr):
-    finite = losses.isfinite().cpu()
-    if not (finite.all() and grad_norm.isfinite()):
-        bad = pair_ids if finite.all() else pair_ids[~finite]
-        pairs = ", ".join(str(i + 1) for i in bad[:5].tolist()) + ", ..." * (len(bad) > 5)
-        where = f"step {step}: the loss or gradient of pairs {pairs} is not finite"
-        refuse(f"{where}; is learning rate {lr} too large? --show N shows pair N")
 
 
 def backward(net, rows, pair_ids, losses_of, config):
@@ -355,7 +355,7 @@ def logps_of(model, batch, config):
 def all_logps(model, rows, config):
     """log pi(y|x) of both answers of every row, in the order of rows: (2, n)."""
     logps, mine = [torch.zeros(2, 0, device=model.device)], torch.arange(len(rows))[RANK::PROCESSES]
-    parts = mine.split(config.micro_batch_size or config.batch_size)
+    parts = mine.split(config.micro_batch_size or config.batch_size) if len(mine) else ()
     for part in parts:
         batch = data.collate(rows, part).to(model.device)
         logps += [torch.stack(logps_of(model, batch, config))]

@@ -2,7 +2,7 @@
 
     python -m experiments.sample out "The film was"
 
-`out` is the folder of a run of train.py; equal lines for equal seeds.
+`out` is the folder of a run of train.py. One seed gives the same answers.
 """
 
 import argparse
@@ -30,6 +30,8 @@ def sample(folder, prompt, temperature=1.0, n=3, seed=0, max_new_tokens=100):
         tokenizer, max_new_tokens, prompt = world.tokenizer, world.K, " " + prompt.strip()
     else:
         tokenizer = data.get_tokenizer(name)
+    if n < 1 or not 0 <= temperature < 1e6:
+        raise data.InputError("--n must be over 0 and --temperature a number, 0 or over")
     ids = tokenizer.encode_ordinary(prompt)
     if not ids:
         raise data.InputError("the prompt is empty, and its last token predicts the answer")
@@ -54,9 +56,11 @@ def main(argv=None):
     parser.add_argument("prompt")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
     parser.add_argument("--n", type=int, default=3, help="answers of each")
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
-        for name, texts in sample(args.folder, args.prompt, args.temperature, args.n).items():
+        asked = args.folder, args.prompt, args.temperature, args.n, args.seed
+        for name, texts in sample(*asked).items():
             for text in texts:
                 print(f"{name:10} {args.prompt.strip()} ... {text}")
     except (data.InputError, OSError) as error:

@@ -352,8 +352,12 @@ PLANTED = [
      '    if config.resume and (out / "checkpoint.pt").exists():\n'
      '        model.load_state_dict(load(out / "checkpoint.pt")["model"])\n'
      "    task.use_reference(model)\n"),
-    ("run, resume: sums of other pairs", "train.py", 'saved["pairs"] != pairs', "False"),
-    ("run, resume: flags that differ", "cli.py", "if value != getattr(config, name):", "if False:"),
+    ("run, resume: files of another run", "train.py", 'saved.get("mark") != mark', "False"),
+    ("run, resume: another loss of that name", "train.py", "repr((settings, loss, task",
+     "repr((settings, task"),
+    ("run, resume: other pairs held out", "train.py", "task.rows, task.held_out)", "task.rows)"),
+    ("run, resume: flags that differ", "cli.py", 'if name != "device" and value not',
+     "if 1 < 0 and value not"),
     ("run, an old run is resumed from", "train.py",
      "            (out / name).unlink(missing_ok=True)", "            pass"),
     ("run, an unfinished run is overwritten", "train.py", "if config.data and (out",
@@ -363,7 +367,7 @@ PLANTED = [
     ("run, a file may run code", "model.py", "weights_only=True)\n    except Exception",
      "weights_only=False)\n    except Exception"),
     ("run, Ctrl-C loses the steps since the checkpoint", "train.py",
-     "config.save_every == 0 or interrupted)", "config.save_every == 0)"),
+     "config.save_every == 0 or stop.any())", "config.save_every == 0)"),
     ("run, Ctrl-C stays ours", "train.py", "            signal.signal(sort, handler)",
      "            pass"),
     ("run, a loss that is not finite", "train.py",
@@ -383,13 +387,12 @@ PLANTED = [
     ("run, compile without being asked", "train.py", "    if config.compile:\n", "    if True:\n"),
     ("dialogues: the first turn is the prompt", "data.py", "rpartition(ASSISTANT)",
      "partition(ASSISTANT)"),
-    ("dialogues: an answer may hold a question", "data.py",
-     'any("\\n\\nHuman:" in answer or not', "any(not"),
-    ("dialogues: an answer may be empty", "data.py", " or not answer.strip() for answer",
-     " for answer"),
-    ("dialogues: those without a shared turn", "data.py", "if not turn or any(", "if any("),
-    ("dialogues: the second text decides the cut", "data.py",
-     "commonprefix(texts).rpartition", "texts[1].rpartition"),
+    ("dialogues: an answer may hold a question", "data.py", "(Human|Assistant):", "Assistant:"),
+    ("dialogues: an answer may go on", "data.py", "(Human|Assistant):", "Human:"),
+    ("dialogues: an answer may be empty", "data.py", "x.strip() and not re", "not re"),
+    ("dialogues: those without a shared turn", "data.py", " if turn and one_turn", " if one_turn"),
+    ("dialogues: both texts must have a turn", "data.py", 'not in "".join(texts)',
+     "not in min(texts, key=len)"),
 ]  # fmt: skip
 
 

@@ -72,11 +72,9 @@ DIALOGUES = {  # chosen, rejected, the pair; None if it is dropped
     "they part early": (TALK + " A.", "\n\nHuman: Hi.\n\nAssistant: Go away.", None),
     "they differ at once": (TALK + " A.", "?" + TALK + " B.", None),
     "no question at all": ("\n\nAssistant: A.", "?\n\nAssistant: B.", None),
-    "one answers twice": (
-        TALK + " A.",
-        TALK + " B.\n\nAssistant: C.",
-        (TALK, " A.", " B.\n\nAssistant: C."),
-    ),
+    "chosen answers twice": (TALK + " A.\n\nAssistant: C.", TALK + " B.", None),
+    "rejected answers twice": (TALK + " A.", TALK + " B.\n\nAssistant: C.", None),
+    "one has no answer, nor a turn for it": (TALK + " A.", "\n\nHuman: Hi.", None),
     "another question": (TALK.replace("Why", "Where") + " A.", TALK + " B.", None),
 }
 
@@ -102,9 +100,11 @@ def test_equal_dialogues_are_counted(tmp_path):
         assert load_pairs(write(tmp_path, *rows)) == [(TALK, " A.", " B.")]
 
 
-@pytest.mark.parametrize("given", [{"prompt": "Hi"}, {"chosen": "Hello"}])
+@pytest.mark.parametrize(
+    "given", [{"prompt": "Hi"}, {"chosen": 1}, {"chosen": "A", "rejected": "B"}]
+)
 def test_what_is_no_dialogue_stays_as_it_is(given, tmp_path):
-    """With a prompt, or where one text has no "Assistant:": three fields are asked for."""
+    """With a prompt, or where no text has an "Assistant:": three fields are asked for."""
     record = {"chosen": TALK + " A.", "rejected": TALK + " B."} | given
     path = write(tmp_path, record)
     if "prompt" in given:

@@ -112,8 +112,16 @@ def test_unreadable_checkpoints_are_one_line(model, tmp_path):
     refused("neither pytorch_model.bin")
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"n_embd": 32}))
-    refused("another shape")
+    for wrong, says in (
+        ({"n_embd": 32}, "size mismatch for wte.weight"),
+        ({"n_layer": 9}, "h.2.ln_1.weight"),
+        ({"n_head": 3}, "n_head"),
+        ({"n_head": 0}, "unreadable"),
+        ({"n_embd": "16"}, "unreadable"),
+        ({"n_embd": -16}, "unreadable"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | wrong))
+        refused(says)
     (tmp_path / "config.json").write_text("{")
     refused("unreadable")
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -121,6 +129,17 @@ def test_unreadable_checkpoints_are_one_line(model, tmp_path):
     refused("unreadable")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     refused("unreadable")
+    torch.save([1], tmp_path / "pytorch_model.bin")
+    refused("unreadable")
+
+
+def test_a_torn_download_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / "gpt2.bin").write_bytes(b"torn")
+    with pytest.raises(OSError, match="gpt2: unreadable") as error:
+        GPT.from_pretrained("gpt2")
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value), "which to delete"
 
 
 def plain_gpt2(weights, ids, heads, layers):

@@ -24,6 +24,7 @@ from test_train import SMALL, command, dpo_losses, write_pairs
 
 TOY = "--world small --pairs 2000 --sft-epochs 0.5 --epochs 8 --beta 0.5 --save-every 8".split()
 TIMES = "pairs_per_second", "seconds", "config"
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 # Python that runs train.py with these flags and is killed as `kill -9` would, at a chosen call
 KILLED = """
 import os, signal, sys, model, train
@@ -35,7 +36,8 @@ def counted(*args, **kwargs):
     calls -= 1
     if calls == 0:
         if name == "save" and module is model.torch:  # in the middle of writing
-            open(args[1], "wb").write(b"half a file")
+            args[1].write(b"half a file")
+            args[1].flush()
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **kwargs)
 setattr(module, name, counted)
@@ -88,11 +90,13 @@ def test_a_killed_run_is_resumed_to_the_same_weights(point, whole, root, tmp_pat
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(whole, tmp_path, monkeypatch, capsys):
-    """Between two checkpoints: the step is finished and saved, and nothing of it is lost."""
+    """In step 10, between two checkpoints: it is finished, logged and saved."""
     measure, handler = train.measure, signal.getsignal(signal.SIGINT)
+    logged = iter((1, 10))
 
     def interrupted(*args):
-        os.kill(os.getpid(), signal.SIGINT)
+        if next(logged) == 10:
+            os.kill(os.getpid(), signal.SIGINT)
         return measure(*args)
 
     monkeypatch.setattr(train, "measure", interrupted)
@@ -100,11 +104,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(whole, tmp_path, monkeypatch, capsys
         train.main([*TOY, "--out", str(tmp_path)])
     err = capsys.readouterr().err
     assert exit.value.code == 130 and "--resume" in err and "Traceback" not in err
-    assert model.load(tmp_path / "checkpoint.pt")["step"] == 1, "the first line is logged at step 1"
+    assert model.load(tmp_path / "checkpoint.pt")["step"] == 10
     monkeypatch.setattr(train, "measure", measure)
     assert signal.getsignal(signal.SIGINT) is handler, "Ctrl-C is what it was before"
     train.main(["--resume", "--out", str(tmp_path)])
-    assert "going on after step 1" in capsys.readouterr().out
+    assert "going on after step 10" in capsys.readouterr().out
     assert_same_run(tmp_path, whole)
 
 
@@ -124,18 +128,23 @@ RESUMED = {  # what has happened to the folder, further flags, what the line say
     "torn checkpoint": (lambda out: spoil(out, "checkpoint.pt"), [], "checkpoint.pt: unreadable"),
     "torn sums": (lambda out: spoil(out, "reference_logps.pt"), [], "logps.pt: unreadable"),
     "torn reference": (lambda out: spoil(out, "reference/pytorch_model.bin"), [], "unreadable"),
-    "other pairs": (
-        lambda out: model.save({"pairs": 0, "logps": 0}, out / "reference_logps.pt"),
+    "sums of other pairs": (
+        lambda out: model.save({"mark": 0, "logps": 0}, out / "reference_logps.pt"),
         [],
-        "the pairs are not those",
+        "logps.pt is not of this run",
     ),
-    "a checkpoint of another shape": (
+    "a checkpoint of another run": (
         lambda out: model.save(
-            model.load(out / "checkpoint.pt") | {"model": tiny_gpt(0).state_dict()},
+            model.load(out / "checkpoint.pt") | {"mark": 1, "model": tiny_gpt(0).state_dict()},
             out / "checkpoint.pt",
         ),
         [],
-        "checkpoint.pt: not of this run",
+        "checkpoint.pt is not of this run",
+    ),
+    "a checkpoint of something else": (
+        lambda out: model.save([1], out / "checkpoint.pt"),
+        [],
+        "checkpoint.pt is not of this run",
     ),
     "code in a checkpoint": (
         lambda out: torch.save({"step": print}, out / "checkpoint.pt"),
@@ -161,6 +170,41 @@ def test_what_cannot_be_resumed_is_one_line(case, whole, tmp_path, capsys):
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("changed", ["loss", "held-out pair"])
+def test_a_run_is_not_resumed_with_another_loss_or_other_pairs(changed, tmp_path, capsys):
+    """The loss file, or a pair that is only evaluated on, is edited between the two."""
+    write_pairs(tmp_path / "pairs.jsonl")
+    (tmp_path / "mine.py").write_text("def f(w, l, ref_w, ref_l): return l - w")
+    flags = ["--data", tmp_path / "pairs.jsonl", *SMALL, "--loss", f"{tmp_path}/mine.py:f"]
+    flags = [*map(str, [*flags, "--save-every", 1, "--lr", 1e-4, "--out", tmp_path / "out"])]
+    with pytest.warns(UserWarning, match="dropped"):
+        train.main(flags)
+        if changed == "loss":
+            (tmp_path / "mine.py").write_text("def f(w, l, ref_w, ref_l): return 5 * (l - w)")
+        else:
+            config = train.parse_args(flags)
+            prompt = bytes(train.RealTask(config).held_out[0].prompt)
+            text = (tmp_path / "pairs.jsonl").read_bytes()
+            (tmp_path / "pairs.jsonl").write_bytes(text.replace(prompt, prompt[::-1]))
+        with pytest.raises(SystemExit):
+            train.main([*flags, "--resume"])
+    assert "reference_logps.pt is not of this run" in capsys.readouterr().err
+
+
+def test_another_device_may_go_on(whole, tmp_path, capsys):
+    """A run begun on a GPU, on a machine without: --device auto finds what is there."""
+    out = tmp_path / "out"
+    subprocess.run(["cp", "-r", whole, out], check=True)
+    settings = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(settings | {"device": "cuda:9"}))
+    for flags in ([], ["--device", "cpu"], ["--device", "auto", "--tokenizer", "auto"][:2]):
+        assert train.main(["--resume", "--out", str(out), *flags])["gap_closed"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "--out", str(out), "--device", "tpu"])
+    assert "--device" in capsys.readouterr().err
+
+
 def test_an_unfinished_run_on_real_pairs_is_not_overwritten(tmp_path, capsys):
     """Forgetting --resume must not cost the hours that a checkpoint holds."""
     write_pairs(tmp_path / "pairs.jsonl")
@@ -184,7 +228,8 @@ def test_a_new_run_leaves_nothing_of_an_old_one_to_be_resumed(whole, tmp_path, m
     monkeypatch.setattr(train, "train_sft", interrupted)
     with pytest.raises(SystemExit):
         train.main([*TOY, "--seed", "1", "--out", str(out)])
-    kept = [out / x for x in ("reference/config.json", "reference_logps.pt", "checkpoint.pt")]
+    kept = "reference/config.json reference_logps.pt checkpoint.pt policy/config.json".split()
+    kept = [out / name for name in kept]
     assert not [path for path in kept if path.exists()], "a resumed run would begin with these"
     assert json.loads((out / "config.json").read_text())["seed"] == 1
 
@@ -296,11 +341,18 @@ def test_samples_of_policy_and_reference(whole):
 
 @pytest.mark.parametrize(
     "prompt, folder, says",
-    [("The boat was", "", "boat"), ("x", "policy", "does not hold"), ("x", "nowhere", "nowhere")],
+    [
+        ("The boat was", "", "boat"),
+        ("x", "policy", "does not hold"),
+        ("x", "nowhere", "nowhere"),
+        ("x --n 0", "", "--n"),
+        ("x --temperature nan", "", "--temperature"),
+    ],
 )
 def test_samples_refuse_in_one_line(prompt, folder, says, whole, capsys):
+    words = prompt.split(" --")
     with pytest.raises(SystemExit) as exit:
-        sample.main([str(whole / folder), prompt])
+        sample.main([str(whole / folder), *words[:1], *" --".join(["", *words[1:]]).split()])
     err = capsys.readouterr().err
     assert exit.value.code == 2 and says in err and err.count("\n") == 1
 
@@ -361,9 +413,6 @@ def test_two_processes_are_one(root, tmp_path, micro):
         expect(other, tensor, f"{name} of two processes", 1e-5)
 
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 def test_compiled_is_the_same_step(tmp_path, monkeypatch):
     """--compile: through torch's tracing and its derived backward; the generated code itself, which
     takes a minute to make, is what `python -m experiments.bench` compares."""
@@ -384,3 +433,16 @@ def test_compiled_is_the_same_step(tmp_path, monkeypatch):
         )
     assert calls == [{"dynamic": True}], "compiled once, with --compile only"
     assert compiled == pytest.approx(plain, rel=1e-4, abs=1e-5)
+
+
+def test_more_processes_than_held_out_pairs(root, tmp_path):
+    """README's three pairs: two to train on, one held out, so that one process has none of it."""
+    lines = [line for line in (root / "README.md").read_text().splitlines() if line[:2] == '{"']
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    args = "-m torch.distributed.run --nproc_per_node=3 --rdzv-backend=c10d".split()
+    args += ["--rdzv-endpoint=localhost:0", root / "train.py", "--data", tmp_path / "pairs.jsonl"]
+    args = [sys.executable, *args, *SMALL, "--out", tmp_path / "out"]
+    done = subprocess.run([*map(str, args)], capture_output=True, text=True, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["rows"]["reference"]["held_out_accuracy"] == 0.5
