@@ -68,12 +68,13 @@ REAL = replace(TOY, block_size=1024, n_layer=4, n_embd=128, sft_epochs=6.0, sft_
                epochs=4.0, lr=5e-4, warmup_steps=10, batch_size=32, micro_batch_size=8,
                log_every=1, eval_every=20, save_every=100)  # fmt: skip
 SETTINGS = "beta", "epsilon", "alpha", "gamma"  # of a loss; None is its own default
+ABOUT = "DPO on a toy world whose optimum is known, or with --data on preference pairs of your own."
 MAY_BE_0 = "sft_epochs", "warmup_steps", "micro_batch_size", "seed", "show", *SETTINGS[1:]
 
 
 def parse_args(argv):
     """The flags on top of REAL with --data, of TOY without. InputError if they make no sense."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser("train.py", description=ABOUT, allow_abbrev=False)
     parser.error = lambda message: refuse(f"{message}; see --help")
     flags = {setting.name: "--" + setting.name.replace("_", "-") for setting in fields(Config)}
     for setting in fields(Config):

@@ -1,7 +1,9 @@
 """The command line end to end, what it writes, and what it says to bad input."""
 
+import contextlib
 import copy
 import dataclasses
+import io
 import json
 import math
 import os
@@ -158,6 +160,17 @@ def command(root, *flags, **kwargs):
     )
 
 
+def here(*flags):
+    """The same in this process, which has torch imported already."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            train.main([*map(str, flags)])
+        except SystemExit as exit:
+            status = exit.code
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory, pytestconfig):
     """One quick run on the small toy world: what it printed, and the folder it wrote."""
@@ -220,22 +233,22 @@ def test_toy_metrics(toy):
     assert [line["step"] for line in lines if "kl_to_optimum" in line] == [32, 64]
 
 
-def test_evaluation_never_changes_training(toy, root, tmp_path):
+def test_evaluation_never_changes_training(toy, tmp_path):
     """The same seed gives the same weights, whatever is evaluated and logged on the way."""
     flags = "--eval-every", 3, "--log-every", 1
-    assert command(root, *QUICK, "--out", tmp_path, *flags).returncode == 0
+    assert here(*QUICK, "--out", tmp_path, *flags).returncode == 0
     first, again = (torch.load(out / "policy" / "pytorch_model.bin") for out in (toy[1], tmp_path))
     for name, tensor in first.items():
         assert torch.equal(tensor, again[name]), name
 
 
-def test_micro_batches_change_nothing_that_is_logged(root, tmp_path):
+def test_micro_batches_change_nothing_that_is_logged(tmp_path):
     """Parts of 200, the last of a batch short: same loss, weight and gradient norm."""
     lines = []
     for micro in (0, 200):
         out = tmp_path / str(micro)
         flags = "--sft-epochs", 0, "--micro-batch-size", micro, "--out", out
-        assert command(root, *QUICK, *flags).returncode == 0
+        assert here(*QUICK, *flags).returncode == 0
         lines.append(json.loads((out / "metrics.jsonl").read_text().split("\n")[1]))
     for key in set(lines[0]) - {"pairs_per_second"}:
         assert lines[0][key] == pytest.approx(lines[1][key], rel=1e-2, abs=1e-4), key
@@ -244,8 +257,8 @@ def test_micro_batches_change_nothing_that_is_logged(root, tmp_path):
 @pytest.mark.parametrize(
     "flags, gap", [(["--labels", "soft"], True), (["--labels", "deterministic"], False)]
 )
-def test_labels(root, tmp_path, flags, gap):
-    done = command(root, *QUICK, *flags, "--optimizer", "rmsprop", "--lr", 1e-3, "--out", tmp_path)
+def test_labels(tmp_path, flags, gap):
+    done = here(*QUICK, *flags, "--optimizer", "rmsprop", "--lr", 1e-3, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["gap_closed"] is not None) == gap
@@ -431,8 +444,8 @@ def test_tokenizer_files_without_network_are_one_line(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--lr", "--sft-lr"])
-def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path, flag):
-    done = command(root, *QUICK, flag, 1e30, "--log-every", 1, "--out", tmp_path)
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, flag):
+    done = here(*QUICK, flag, 1e30, "--log-every", 1, "--out", tmp_path)
     assert done.returncode == 2 and "not finite" in done.stderr and done.stderr.count("\n") == 1
     assert "1e+30" in done.stderr
 
