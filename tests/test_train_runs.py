@@ -436,8 +436,9 @@ def test_compiled_is_the_same_step(tmp_path, monkeypatch):
 
 
 def test_more_processes_than_held_out_pairs(root, tmp_path):
-    """README's three pairs: two to train on, one held out, so that one process has none of it."""
-    lines = [line for line in (root / "README.md").read_text().splitlines() if line[:2] == '{"']
+    """Three pairs: two to train on, one held out, so that two of three processes have none of it."""
+    pair = {"prompt": "Say it. ", "chosen": "Yes.", "rejected": "No."}
+    lines = [json.dumps(pair | {"chosen": "Yes." * i}) for i in (1, 2, 3)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     args = "-m torch.distributed.run --nproc_per_node=3 --rdzv-backend=c10d".split()
     args += ["--rdzv-endpoint=localhost:0", root / "train.py", "--data", tmp_path / "pairs.jsonl"]
