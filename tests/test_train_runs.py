@@ -436,7 +436,7 @@ def test_compiled_is_the_same_step(tmp_path, monkeypatch):
 
 
 def test_more_processes_than_held_out_pairs(root, tmp_path):
-    """Three pairs: two to train on, one held out, so that two of three processes have none of it."""
+    """Two pairs to train on and one held out, so that two of three processes have none of it."""
     pair = {"prompt": "Say it. ", "chosen": "Yes.", "rejected": "No."}
     lines = [json.dumps(pair | {"chosen": "Yes." * i}) for i in (1, 2, 3)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
