@@ -86,7 +86,7 @@ def test_our_folder_is_read_after_a_dpo_step(theirs, tmp_path):
             torch.testing.assert_close(logp, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_gpt2_tokens_and_a_run_from_a_gpt2_folder(theirs, gpt2_files, tmp_path):
+def test_gpt2_tokens_and_a_run_from_a_gpt2_folder(theirs, gpt2_files, tmp_path, monkeypatch):
     tokenizer = data.get_tokenizer("gpt2")
     assert tokenizer.encode_ordinary("Hello world") == [15496, 995] and tokenizer.eot_token == 50256
     theirs.save_pretrained(tmp_path / "theirs")
@@ -95,5 +95,23 @@ def test_gpt2_tokens_and_a_run_from_a_gpt2_folder(theirs, gpt2_files, tmp_path):
             pair = {"prompt": f"Say {i}.", "chosen": f" {i}, please", "rejected": f" {i}!"}
             print(json.dumps(pair), file=file)
     flags = f"--data {tmp_path}/pairs.jsonl --init {tmp_path}/theirs --block-size 64 --epochs 1"
-    summary = train.main([*flags.split(), "--sft-epochs", "1", "--out", str(tmp_path / "out")])
+    flags += f" --sft-epochs 1 --batch-size 4 --save-every 1 --out {tmp_path}/out"
+    measure, calls = train.measure, iter(range(9))
+
+    def killed(*args):
+        if next(calls) == 3:  # one step after a checkpoint
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(train, "measure", killed)
+    with pytest.raises(SystemExit):
+        train.main(flags.split())
+    monkeypatch.setattr(train, "measure", measure)
+    summary = train.main([*flags.split(), "--resume"])
     assert summary["rows"]["reference"]["held_out_accuracy"] == 0.5
+    ours = GPT.from_pretrained(tmp_path / "out" / "policy")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "policy").eval()
+    ids = torch.tensor([tokenizer.encode_ordinary("Say 3.")])
+    ends = dict(pad_token_id=50256, eos_token_id=50256)
+    drawn = again.generate(ids, do_sample=False, max_new_tokens=12, **ends)
+    assert torch.equal(drawn, ours.generate(ids, 12, 0, stop_token=50256))
