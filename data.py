@@ -81,7 +81,7 @@ def split_dialogues(record):
     before, turn, _ = commonprefix(texts).rpartition(ASSISTANT)
     answers = [text.removeprefix(before + turn) for text in texts]
     one_turn = all(x.strip() and not re.search(r"\n\n(Human|Assistant):", x) for x in answers)
-    return dict(zip(Pair._fields, [before + turn, *answers])) if turn and one_turn else None
+    return dict(zip(Pair._fields, [before + turn, *answers])) if one_turn else None
 
 
 # Text -> token ids

@@ -392,7 +392,6 @@ PLANTED = [
     ("dialogues: an answer may hold a question", "data.py", "(Human|Assistant):", "Assistant:"),
     ("dialogues: an answer may go on", "data.py", "(Human|Assistant):", "Human:"),
     ("dialogues: an answer may be empty", "data.py", "x.strip() and not re", "not re"),
-    ("dialogues: those without a shared turn", "data.py", " if turn and one_turn", " if one_turn"),
     ("dialogues: both texts must have a turn", "data.py", 'not in "".join(texts)',
      "not in min(texts, key=len)"),
 ]  # fmt: skip

@@ -72,6 +72,7 @@ DIALOGUES = {  # chosen, rejected, the pair; None if it is dropped
     "they part early": (TALK + " A.", "\n\nHuman: Hi.\n\nAssistant: Go away.", None),
     "they differ at once": (TALK + " A.", "?" + TALK + " B.", None),
     "no question at all": ("\n\nAssistant: A.", "?\n\nAssistant: B.", None),
+    "a person has the last word": (TALK + " A.\n\nHuman: Thanks.", TALK + " B.", None),
     "chosen answers twice": (TALK + " A.\n\nAssistant: C.", TALK + " B.", None),
     "rejected answers twice": (TALK + " A.", TALK + " B.\n\nAssistant: C.", None),
     "one has no answer, nor a turn for it": (TALK + " A.", "\n\nHuman: Hi.", None),
