@@ -1,7 +1,8 @@
-"""SFT, the reference's log-probs once, DPO, and what is printed, plotted and saved.
+"""SFT, the reference's log-probs once, DPO, and what is measured and saved on the way.
 
     python train.py                      the toy world, whose exact optimum is known
     python train.py --data pairs.jsonl   your own preference pairs
+    python train.py --resume             go on with the run in out/
 
 Departs from the paper: AdamW and a linear decay (--optimizer rmsprop --no-decay undo that), clipped
 gradients, other steps (the paper's: --lr 1e-6 --batch-size 64 --warmup-steps 150).
