@@ -4,7 +4,6 @@ text pair -> token ids -> one row a pair -> Batch -> dpo.response_logps -> log-p
 B pairs, T positions, N scored tokens; in the toy world P prompts, W words, Y answers to each.
 """
 
-import functools
 import itertools
 import json
 import re
@@ -33,13 +32,13 @@ class Pair(NamedTuple):
 
 
 def load_pairs(path):
-    """A file of JSON lines {"prompt": ..., "chosen": ..., "rejected": ...}, or of dialogues (see
-    `split_dialogues`) -> list of Pair.
+    """A file of JSON lines {"prompt": ..., "chosen": ..., "rejected": ...} or, without a prompt, of
+    dialogues (see `split_dialogues`) -> list of Pair.
 
-    Pairs with equal answers say nothing: they are dropped, with a warning that counts them.
-    InputError names the file, the line and the field; OSError if the file cannot be read.
+    Pairs whose answers are equal or no answers to one question are dropped, with a warning that
+    counts them. InputError names the file, line and field; OSError if the file cannot be read.
     """
-    pairs, odd = [], []
+    pairs, dropped = [], []
     with open(path, "rb") as file:  # bytes: text that is not UTF-8 is then an error of its line
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -50,38 +49,32 @@ def load_pairs(path):
                 raise InputError(f"{path}:{number}: not a line of JSON ({error})") from None
             if not isinstance(record, dict):
                 raise InputError(f"{path}:{number}: not a JSON object ({', '.join(Pair._fields)})")
-            record = split_dialogues(record)
-            if record is None:
-                odd.append(number)
-                continue
-            for field in Pair._fields:
-                if not isinstance(record.get(field), str) or not record[field].strip():
+            whole = "prompt" not in record and ASSISTANT in str(record.get("chosen"))
+            texts = {field: record.get(field) for field in Pair._fields[whole:]}
+            for field, text in texts.items():
+                if not isinstance(text, str) or not text.strip():
                     raise InputError(f'{path}:{number}: "{field}" must be a string, and not empty')
-            pairs.append(Pair(*(record[field] for field in Pair._fields)))
-    if odd:
-        what = f"differ before the last answer or lack it: {len(odd)}, the first in line {odd[0]}"
-        warnings.warn(f"{path}: dialogues dropped that {what}", stacklevel=2)
-    usable = [pair for pair in pairs if pair.chosen != pair.rejected]
-    if equal := len(pairs) - len(usable):
-        warnings.warn(f"{path}: pairs dropped, their answers are equal: {equal}", stacklevel=2)
-    if not usable:
+            pair = split_dialogues(**texts) if whole else Pair(**texts)
+            if pair and pair.chosen != pair.rejected:
+                pairs.append(pair)
+            else:
+                dropped.append(number)
+    if dropped:
+        why = f"answers equal, or to two questions: {len(dropped)}, first in line {dropped[0]}"
+        warnings.warn(f"{path}: pairs dropped, {why}", stacklevel=2)
+    if not pairs:
         raise InputError(f"{path}: holds no usable pair")
-    return usable
+    return pairs
 
 
-def split_dialogues(record):
-    """Anthropic's form (HH): chosen and rejected are whole dialogues, and all that both share, up
-    to its last "Assistant:", is the prompt. None if more than the last answer differs or one is
-    empty; a record in another form is returned as it is.
+def split_dialogues(chosen, rejected):
+    """Anthropic's form (HH): two whole dialogues -> Pair. All that both share, up to its last
+    "Assistant:", is the prompt. None if more than the last answer differs, or one is empty.
     """
-    texts = [record.get(field) for field in ("chosen", "rejected")]
-    strings = all(isinstance(text, str) for text in texts)
-    if "prompt" in record or not strings or ASSISTANT not in "".join(texts):
-        return record
-    before, turn, _ = commonprefix(texts).rpartition(ASSISTANT)
-    answers = [text.removeprefix(before + turn) for text in texts]
+    before, turn, _ = commonprefix([chosen, rejected]).rpartition(ASSISTANT)
+    answers = [text.removeprefix(before + turn) for text in (chosen, rejected)]
     one_turn = all(x.strip() and not re.search(r"\n\n(Human|Assistant):", x) for x in answers)
-    return dict(zip(Pair._fields, [before + turn, *answers])) if one_turn else None
+    return Pair(before + turn, *answers) if one_turn else None
 
 
 # Text -> token ids
@@ -130,24 +123,20 @@ class TokenPair(NamedTuple):
     rejected: list
 
 
-def encode_pairs(pairs, tokenizer, block_size, max_answer=None):
+def encode_pairs(pairs, tokenizer, block_size):
     """Pairs -> list of TokenPair, each prompt and answer encoded by itself, answers closed by the
     end token, so that no token straddles the boundary and the policy is taught to stop.
 
     A prompt is cut on its left until the longer answer fits into the block beside it; a pair with
-    an answer that leaves no room for a prompt is dropped. Both are warned of and counted.
-    `max_answer` is the toy world's rule: after that many words the answer is over without an end
-    token. InputError if no pair is left.
+    no prompt, or an answer that leaves no room for one, is dropped. Both are warned of and counted.
+    InputError if no pair is left.
     """
-    encode = functools.cache(tokenizer.encode_ordinary)
     rows, cut, dropped = [], 0, 0
     for pair in pairs:
-        prompt, *answers = [encode(text) for text in pair]
-        chosen, rejected = [(ids + [tokenizer.eot_token])[:max_answer] for ids in answers]
+        prompt, *answers = [tokenizer.encode_ordinary(text) for text in pair]
+        chosen, rejected = [ids + [tokenizer.eot_token] for ids in answers]
         room = block_size - max(len(chosen), len(rejected))
-        if not prompt:
-            raise InputError(f"a prompt is empty, and its last token predicts the answer: {pair}")
-        if room < 1:
+        if room < 1 or not prompt:  # the prompt's last token predicts the answer's first
             dropped += 1
             continue
         cut += len(prompt) > room
@@ -156,7 +145,7 @@ def encode_pairs(pairs, tokenizer, block_size, max_answer=None):
     if cut:
         warnings.warn(f"prompts cut on the left to fit into {block}: {cut}", stacklevel=2)
     if dropped:
-        warnings.warn(f"pairs dropped, an answer too long for {block}: {dropped}", stacklevel=2)
+        warnings.warn(f"pairs dropped, no prompt fits into {block}: {dropped}", stacklevel=2)
     if not rows:
         raise InputError(f"no pair fits into {block}: raise --block-size")
     return rows
@@ -221,8 +210,9 @@ def collate(rows, pair_ids):
     places += torch.where((owner >= B) & (k > shared[pair, 0]), skip[pair, 0], 0)
     score_at, logits_row = places.unique(return_inverse=True)
     targets = np.array([t for part in (1, 2) for row in picked for t in row[part]])
-    targets = torch.from_numpy(targets)
-    return Batch(ids, positions, mask, score_at, logits_row, targets, owner, pair_ids)
+    return Batch(
+        ids, positions, mask, score_at, logits_row, torch.from_numpy(targets), owner, pair_ids
+    )
 
 
 def batches(rows, batch_size, generator):
@@ -238,7 +228,6 @@ def batches(rows, batch_size, generator):
 
 
 # The toy world
-
 
 NOUNS = ["film", "hotel", "curry"]
 OPINIONS = {  # what an adjective says of a film, a hotel, a curry
@@ -268,8 +257,9 @@ class ToyWorld:
     Y = 1 + W + W^2 + W^3 of them: 2,955 for W = 14, or 1,111 for size="small", W = 10. Fewer than
     K words are followed by the end token; after the K-th word the answer is over without one.
 
-    prompts: P texts; answers: Y texts; rewards: the true r*, (P, Y) float64. The world is fixed;
-    what is drawn in it (corpus, pairs, labels) comes from a torch.Generator.
+    prompts: P texts; answers: Y texts; prompt_ids, answer_ids: their tokens; grammatical (Y,): what
+    the corpus says but for its slips; rewards: the true r*, (P, Y) float64. The world is fixed;
+    what is drawn in it comes from a torch.Generator.
     """
 
     K = 3
@@ -284,6 +274,9 @@ class ToyWorld:
         self.prompt_ids = torch.tensor([self.tokenizer.encode_ordinary(x) for x in self.prompts])
         listed = [y for n in range(self.K + 1) for y in itertools.product(range(self.W), repeat=n)]
         self.answers = [self.tokenizer.decode(y) for y in listed]
+        self.answer_ids = [[*y, self.W][: self.K] for y in listed]
+        grammar = f"( not)?( {'| '.join(self.degrees[1:])})?( {'| '.join(self.opinions)})"
+        self.grammatical = torch.tensor([bool(re.fullmatch(grammar, y)) for y in self.answers])
         rewards = [[self.reward(x, y) for y in self.answers] for x in self.prompts]
         self.rewards = torch.tensor(rewards, dtype=torch.float64)
 
@@ -294,31 +287,25 @@ class ToyWorld:
         noun = NOUNS.index(prompt.split()[1])
         opinions, degree = [], 1.0
         for word in answer.split():
-            if word in DEGREES:
-                degree *= DEGREES[word]
-            else:
-                if word in OPINIONS:
-                    opinions.append(degree * OPINIONS[word][noun])
-                degree = 1.0
+            if word in OPINIONS:
+                opinions.append(degree * OPINIONS[word][noun])
+            degree = degree * DEGREES[word] if word in DEGREES else 1.0
         return sum(opinions) / max(len(opinions), 1)
 
     def corpus(self, generator, n=20_000, slip=0.2):
-        """n sentences to teach the reference, as Pairs without a rejected answer. Grammatical,
+        """n sentences to teach the reference, TokenPairs with no second answer. Grammatical,
         [not] [very | quite] opinion, but for the share `slip` of tokens drawn from all W + 1: with
         no slips the reference would cover too little of its space for Eq. 7 to find the optimum.
         """
-        degrees = ["", *(" " + degree for degree in self.degrees if degree != "not")]
-        grammar = itertools.product(["", " not"], degrees, self.opinions)
-        encoded = [self.tokenizer.encode_ordinary(f"{a}{b} {c}") for a, b, c in grammar]
-        sentences = torch.tensor([(ids + [self.W] * self.K)[: self.K] for ids in encoded])
+        sentences = itertools.compress(self.answer_ids, self.grammatical)
+        sentences = torch.tensor([(ids + [self.W] * self.K)[: self.K] for ids in sentences])
         tokens = sentences[torch.randint(len(sentences), (n,), generator=generator)]
         slips = torch.rand(n, self.K, generator=generator) < slip
         slip_to = torch.randint(self.W + 1, (n, self.K), generator=generator)
-        tokens = torch.where(slips, slip_to, tokens)
-        prompts = torch.randint(len(self.prompts), (n,), generator=generator).tolist()
-        ends = [(y + [self.W]).index(self.W) for y in tokens.tolist()]
-        answers = [self.tokenizer.decode(y[:end]) for y, end in zip(tokens.tolist(), ends)]
-        return [Pair(self.prompts[x], answer, "") for x, answer in zip(prompts, answers)]
+        tokens = torch.where(slips, slip_to, tokens).tolist()
+        answers = [y[: (y + [self.W]).index(self.W) + 1] for y in tokens]  # what an end closes
+        prompts = itertools.cycle(self.prompt_ids.tolist())
+        return [TokenPair(x, y, []) for x, y in zip(prompts, answers)]
 
     def draw_pairs(self, logps, n, labels, generator):
         """n preferences between two answers drawn from the policy with these logps (P, Y).
@@ -327,26 +314,20 @@ class ToyWorld:
         probability p; "deterministic" lets the higher reward win. Equal answers are kept.
         """
         prompt = torch.randint(len(self.prompts), (n,), generator=generator)
-        pairs = torch.empty(n, 2, dtype=torch.long)
-        for x, probs in enumerate(logps.exp()):
-            of_x = prompt == x
-            if of_x.any():
-                both = probs.multinomial(2 * of_x.sum(), replacement=True, generator=generator)
-                pairs[of_x] = both.view(-1, 2)
-        first, second = pairs.T
+        both = logps.exp().multinomial(2 * n, replacement=True, generator=generator)  # (P, 2n)
+        first, second = both.view(-1, 2, n)[prompt, :, torch.arange(n)].T
         margins = self.rewards[prompt, first] - self.rewards[prompt, second]
         p = torch.sigmoid(margins)  # (1)
-        if labels == "soft":
-            return Drawn(prompt, first, second, p)
         coin = torch.rand(n, generator=generator)
-        flip = {"hard": coin > p, "deterministic": margins < 0}[labels]
+        flip = {"hard": coin > p, "soft": coin > 1, "deterministic": margins < 0}[labels]
         chosen, rejected = torch.where(flip, second, first), torch.where(flip, first, second)
-        return Drawn(prompt, chosen, rejected, torch.ones_like(p))
+        return Drawn(prompt, chosen, rejected, p if labels == "soft" else torch.ones_like(p))
 
-    def texts(self, drawn):
-        """What was drawn, as a list of Pair."""
-        places = zip(drawn.prompt.tolist(), drawn.chosen.tolist(), drawn.rejected.tolist())
-        return [Pair(self.prompts[x], self.answers[y], self.answers[z]) for x, y, z in places]
+    def rows(self, drawn):
+        """What was drawn, as a list of TokenPair."""
+        prompts, answers = self.prompt_ids.tolist(), self.answer_ids
+        places = zip(*(column.tolist() for column in drawn[:3]))
+        return [TokenPair(prompts[x], answers[y], answers[z]) for x, y, z in places]
 
     @torch.no_grad()
     def logps(self, model):
@@ -354,17 +335,15 @@ class ToyWorld:
 
         Only the W^(K-1) longest prefixes are fed: causality gives the shorter ones on the way.
         """
-        K, W = self.K, self.W
+        K, W, P = self.K, self.W, len(self.prompts)
         prefixes = torch.tensor(list(itertools.product(range(W), repeat=K - 1)))
-        table = []
-        for prompt in self.prompt_ids:
-            ids = torch.cat([prompt.expand(len(prefixes), -1), prefixes], 1)
-            logits = model(ids.to(model.device))[:, len(prompt) - 1 :].cpu()  # (W^(K-1), K, W + 1)
-            logps = logits.double().log_softmax(-1)
-            so_far, listed = torch.zeros(1, dtype=torch.float64), []
-            for k in range(K):  # so_far (W^k,): log-probs of the k-word beginnings
-                longer = so_far[:, None] + logps[:: W ** (K - 1 - k), k]  # (W^k, W + 1)
-                listed.append(longer[:, W])  # the end: an answer of k words
-                so_far = longer[:, :W].flatten()
-            table.append(torch.cat([*listed, so_far]))  # K words: over without an end
-        return torch.stack(table)
+        prompts = self.prompt_ids.repeat_interleave(len(prefixes), 0)
+        ids = torch.cat([prompts, prefixes.repeat(P, 1)], 1).to(model.device)  # (P * W^(K-1), T)
+        logits = model(ids)[:, -K:].cpu()  # from the last prompt token on
+        logps = logits.double().log_softmax(-1).unflatten(0, (P, -1))  # (P, W^(K-1), K, W + 1)
+        so_far, listed = torch.zeros(P, 1, dtype=torch.float64), []
+        for k in range(K):  # so_far (P, W^k): log-probs of the k-word beginnings
+            longer = so_far[..., None] + logps[:, :: W ** (K - 1 - k), k]  # (P, W^k, W + 1)
+            listed.append(longer[..., W])  # the end: an answer of k words
+            so_far = longer[..., :W].flatten(1)
+        return torch.cat([*listed, so_far], 1)  # K words: over without an end

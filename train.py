@@ -35,6 +35,7 @@ from model import GPT, GPTConfig, load, save, save_json
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun says which process this is
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
+BETAS = 0.9, 0.95  # AdamW's, as GPT-3's: with torch's own 0.999 some runs stay on a plateau, at 80%
 
 
 def main(argv=None):
@@ -146,9 +147,7 @@ class ToyTask:
         self.world = world = data.ToyWorld(config.world)
         self.tokenizer = world.tokenizer
         self.generator = torch.Generator().manual_seed(config.seed)
-        corpus = world.corpus(self.generator)
-        corpus = data.encode_pairs(corpus, self.tokenizer, config.block_size, world.K)
-        self.sft_rows = [row._replace(rejected=[]) for row in corpus]  # plain sequences
+        self.sft_rows = world.corpus(self.generator)
         self.prompts, self.max_answer, self.temperature = world.prompt_ids.tolist(), world.K, 1.0
 
     def use_reference(self, reference):
@@ -156,8 +155,7 @@ class ToyTask:
         config, world = self.config, self.world
         self.ref = world.logps(reference)
         drawn = world.draw_pairs(self.ref, config.pairs, config.labels, self.generator)
-        pairs, self.p = world.texts(drawn), drawn.p.float()
-        self.rows = data.encode_pairs(pairs, self.tokenizer, config.block_size, world.K)
+        self.rows, self.p = world.rows(drawn), drawn.p.float()
         n = math.ceil(config.held_out * config.pairs)
         self.held_out = world.draw_pairs(self.ref, n, config.labels, self.generator)
         self.best, _ = dpo.optimal_policy(self.ref, world.rewards, config.beta)
@@ -197,7 +195,7 @@ class RealTask:
         generator = torch.Generator().manual_seed(config.seed)
         rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
         self.held_out, self.rows = rows[:held_out], rows[held_out:]
-        self.sft_rows = [row._replace(rejected=[]) for row in self.rows]
+        self.sft_rows = [row._replace(rejected=[]) for row in self.rows]  # plain sequences
         self.prompts = [row.prompt for row in self.held_out[:2]]
         self.max_answer, self.temperature = 100, 0
 
@@ -292,8 +290,7 @@ def updates(model, rows, losses_of, config, epochs, peak_lr, saved=None):
     `grad_norm, lr, optimizer`. InputError if a loss or the gradient is not finite.
     """
     if config.optimizer == "adamw":
-        # GPT-3's betas: with torch's own 0.999 some runs of the toy stay on a plateau, at some 80%
-        settings = dict(betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        settings = dict(betas=BETAS, weight_decay=0.0, fused=True)
         optimizer = torch.optim.AdamW(model.parameters(), peak_lr, **settings)
     else:
         optimizer = torch.optim.RMSprop(model.parameters(), peak_lr)

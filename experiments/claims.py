@@ -168,7 +168,7 @@ def leak(world, seed, seen, slip, pairs, lr, sft_weight, rounds):
     policy = ref = world.logps(model)
     best, _ = dpo.optimal_policy(ref, world.rewards, BETA)
     paired = torch.zeros(ref.shape, dtype=torch.bool)  # answers that some pair has mentioned
-    grammatical = lab.is_grammatical(world.answers)
+    grammatical = world.grammatical
 
     def row(of_mass, seen, margins):
         probs, kl = of_mass.exp(), dpo.kl_divergence(of_mass, best).mean()
@@ -194,7 +194,7 @@ def leak(world, seed, seen, slip, pairs, lr, sft_weight, rounds):
             losses = dpo.dpo_loss(chosen, rejected, *of_ref[:, i], beta=BETA).losses
             return losses - sft_weight * chosen
 
-        rows = encode(world, world.texts(drawn))
+        rows = world.rows(drawn)
         epochs = seen / rounds / len(rows)
         for step, steps, *_ in train.updates(model, rows, losses_of, config, epochs, lr):
             if step % (steps * rounds // 8) and step < steps:
@@ -208,14 +208,9 @@ def leak(world, seed, seen, slip, pairs, lr, sft_weight, rounds):
 def sft(world, config, slip):
     model = lab.new_gpt(config.seed)
     corpus = world.corpus(torch.Generator().manual_seed(config.seed), slip=slip)
-    corpus = [row._replace(rejected=[]) for row in encode(world, corpus)]
     for _ in train.updates(model, corpus, lambda y, *_: -y, config, 10, 1e-2):
         pass
     return model
-
-
-def encode(world, pairs):
-    return data.encode_pairs(pairs, world.tokenizer, 8, world.K)
 
 
 def both_log_probs_fall(seed, quick):

@@ -12,7 +12,6 @@ import csv
 import functools
 import inspect
 import os
-import re
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -31,15 +30,6 @@ WORLD = data.ToyWorld("small")
 BETA = 1.0  # train.py's in the toy world
 PAIRS, STEPS, BATCH = 100_000, 800, 1024  # of a DPO run: some eight passes over the pairs
 LENGTHS = torch.tensor([min(len(y.split()) + 1, WORLD.K) for y in WORLD.answers])  # in tokens
-
-
-def is_grammatical(answers):
-    """Whether the corpus would say it but for its slips, [not] [very] opinion: Y texts -> (Y,)."""
-    sentence = re.compile(f"( not)?( very)?( {'| '.join(WORLD.opinions)})")
-    return torch.tensor([bool(sentence.fullmatch(answer)) for answer in answers])
-
-
-GRAMMATICAL = is_grammatical(WORLD.answers)
 
 
 class Table(torch.nn.Module):
@@ -67,10 +57,11 @@ def new_gpt(seed):
 def reference(seed):
     """SFT on the corpus -> (GPT, log pi_ref (P, Y)). Train a copy, never this one."""
     model = new_gpt(seed)
-    places = {text: y for y, text in enumerate(WORLD.answers)}
     corpus = WORLD.corpus(torch.Generator().manual_seed(seed))
-    x = torch.tensor([WORLD.prompts.index(pair.prompt) for pair in corpus])
-    y = torch.tensor([places[pair.chosen] for pair in corpus])
+    prompts = {tuple(ids): x for x, ids in enumerate(WORLD.prompt_ids.tolist())}
+    answers = {tuple(ids): y for y, ids in enumerate(WORLD.answer_ids)}
+    x = torch.tensor([prompts[tuple(row.prompt)] for row in corpus])
+    y = torch.tensor([answers[tuple(row.chosen)] for row in corpus])
     sft = descend(model, lambda logps, i: -logps[x[i], y[i]], len(corpus), 400, 1e-2, seed)
     *_, (_, logps) = sft
     return model, logps
@@ -96,10 +87,10 @@ def draw(seed, n, labels="hard", flip=0.0, among=None, stream=1000):
 
 def descend(model, losses_of, n, steps, lr, seed, batch=BATCH):
     """Minimise the mean of losses_of(logps (P, Y), places (B,)) -> (B,) over n places, much as
-    train.py does: AdamW (torch's own betas), a short warm-up, a linear decay, clipped gradients.
+    train.py does: AdamW, a short warm-up, a linear decay, clipped gradients.
     Yields (step, logps) before each step and after the last.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, train.BETAS, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     left = torch.empty(0, dtype=torch.long)
     for step in range(steps):
@@ -146,7 +137,7 @@ def measure(logps, ref, beta=BETA, prompts=slice(None)):
         "expected_reward": (logps.exp() * rewards).sum(-1),
         "kl": dpo.kl_divergence(logps, ref),
         "objective": dpo.rlhf_objective(logps, ref, rewards, beta),
-        "grammatical": logps.exp()[:, GRAMMATICAL].sum(-1),
+        "grammatical": logps.exp()[:, WORLD.grammatical].sum(-1),
         "entropy": -(logps.exp() * logps.clamp(min=-1e9)).sum(-1),
     }
     row = cli.means(columns)

@@ -10,6 +10,8 @@ import torch
 
 import dpo
 from data import (
+    END,
+    Drawn,
     InputError,
     Pair,
     TokenPair,
@@ -87,7 +89,7 @@ def test_dialogues(case, tmp_path):
     rows = [(TALK + " 1", TALK + " 2"), (chosen, rejected), (TALK + " 3", TALK + " 4")]
     path = write(tmp_path, *({"chosen": w, "rejected": l} for w, l in rows))
     if wanted is None:
-        with pytest.warns(UserWarning, match="dialogues dropped .*: 1, the first in line 2"):
+        with pytest.warns(UserWarning, match="pairs dropped, .*: 1, first in line 2"):
             pairs = load_pairs(path)
         assert pairs == [(TALK, " 1", " 2"), (TALK, " 3", " 4")]
     else:
@@ -97,7 +99,7 @@ def test_dialogues(case, tmp_path):
 
 def test_equal_dialogues_are_counted(tmp_path):
     rows = [{"chosen": TALK + " A.", "rejected": TALK + f" {x}."} for x in "AB"]
-    with pytest.warns(UserWarning, match="equal: 1"):
+    with pytest.warns(UserWarning, match="equal.*: 1, first in line 1"):
         assert load_pairs(write(tmp_path, *rows)) == [(TALK, " A.", " B.")]
 
 
@@ -123,7 +125,7 @@ def test_load_pairs_refuses_bytes_that_are_no_text(tmp_path):
 
 
 def test_equal_answers_are_counted_and_dropped(tmp_path):
-    with pytest.warns(UserWarning, match="equal: 2"):
+    with pytest.warns(UserWarning, match="equal.*: 2, first in line 2"):
         assert (
             len(load_pairs(write(tmp_path, GOOD, GOOD | {"chosen": "5"}, GOOD | {"chosen": "5"})))
             == 1
@@ -164,10 +166,12 @@ def test_prompt_and_answers_are_encoded_apart_and_closed():
 
 def test_toy_answers_of_k_words_have_no_end():
     world = ToyWorld()
-    pairs = [Pair(world.prompts[0], " not very dull", " dull")]
-    (row,) = encode_pairs(pairs, world.tokenizer, 8, world.K)
-    assert len(row.chosen) == 3 and world.W not in row.chosen
-    assert len(row.rejected) == 2 and row.rejected[-1] == world.W
+    encode, place = world.tokenizer.encode_ordinary, world.answers.index
+    drawn = torch.tensor([[2], [place(" not very dull")], [place(" dull")], [1]])
+    (row,) = world.rows(Drawn(*drawn))
+    assert row == (encode(" The curry was"), encode(" not very dull"), [*encode(" dull"), world.W])
+    (row,) = world.rows(Drawn(*torch.tensor([[0], [0], [len(world.answers) - 1], [1]])))
+    assert row == (encode(" The film was"), [world.W], encode(" quite quite quite"))
 
 
 def test_long_prompts_are_cut_on_the_left_exactly():
@@ -186,7 +190,7 @@ def test_answers_are_never_cut():
     assert len(row.rejected) == 7
     with pytest.warns(UserWarning), pytest.raises(InputError, match="no pair fits"):
         encode_pairs(pairs[:1], get_tokenizer("bytes"), 8)
-    with pytest.raises(InputError, match="prompt is empty"):
+    with pytest.warns(UserWarning, match="no prompt"), pytest.raises(InputError, match="no pair"):
         encode_pairs([Pair("", "x", "z")], get_tokenizer("bytes"), 8)
 
 
@@ -285,11 +289,21 @@ def test_corpus_is_seeded_and_varied():
     corpus = world.corpus(torch.Generator().manual_seed(0), n=5000)
     assert corpus == world.corpus(torch.Generator().manual_seed(0), n=5000)
     assert corpus != world.corpus(torch.Generator().manual_seed(1), n=5000)
-    answers = {pair.chosen for pair in corpus}
-    assert "" in answers and " not very dull" in answers and len(answers) > 500
-    assert {pair.prompt for pair in corpus} == set(world.prompts)
-    clean = {pair.chosen for pair in world.corpus(torch.Generator().manual_seed(0), n=5000, slip=0)}
-    assert len(clean) == 36, "[not] [very | quite] and six opinions: 2 * 3 * 6 sentences"
+    answers = {tuple(row.chosen) for row in corpus}
+    assert answers < {tuple(ids) for ids in world.answer_ids}, "all are answers of the world"
+    encode = world.tokenizer.encode_ordinary
+    assert (world.W,) in answers and tuple(encode(" not very dull")) in answers
+    assert len(answers) > 500 and not any(row.rejected for row in corpus)
+    assert {world.tokenizer.decode(row.prompt) for row in corpus} == set(world.prompts)
+    clean = world.corpus(torch.Generator().manual_seed(0), n=5000, slip=0)
+    clean = {world.tokenizer.decode(row.chosen) for row in clean}
+    wanted = {
+        f"{no}{degree} {opinion}{'' if no and degree else END}"
+        for no in ("", " not")
+        for degree in ("", " very", " quite")
+        for opinion in ("good", "dull", "quiet", "funny", "hot", "cheap")
+    }
+    assert clean == wanted, "[not] [very | quite] and six opinions: 2 * 3 * 6 sentences"
 
 
 def test_labels():
@@ -333,8 +347,9 @@ def test_pairs_come_from_the_policy_and_the_seed():
         assert set(drawn.chosen[drawn.prompt == x].tolist()) <= answers
     i = (draws[0].chosen != draws[0].rejected).nonzero()[0].item()
     x, y, z = (part[i] for part in draws[0][:3])
-    wanted = Pair(world.prompts[x], world.answers[y], world.answers[z])
-    assert world.texts(draws[0])[i] == wanted
+    wanted = world.prompts[x], world.answers[y], world.answers[z]
+    texts = [world.tokenizer.decode(ids) for ids in world.rows(draws[0])[i]]
+    assert texts[0] == wanted[0] and [text.removesuffix(END) for text in texts] == [*wanted]
 
 
 def test_toy_world_enumeration_is_exact():
@@ -350,8 +365,8 @@ def test_toy_world_enumeration_is_exact():
     low = world.logps(copy.deepcopy(model).float())
     expect(low.exp().sum(-1), [1.0, 1.0], "softmax and sums in float64 whatever the model is")
     assert not low.requires_grad
-    pairs = [Pair(x, y, y) for x in world.prompts for y in world.answers]
-    rows = encode_pairs(pairs, world.tokenizer, 8, world.K)
+    places = torch.cartesian_prod(torch.arange(2), torch.arange(1111)).T
+    rows = world.rows(Drawn(*places, places[1], places[1]))
     chosen, rejected = dpo.response_logps(model, collate(rows, range(len(rows))))
     expect(chosen, logps.flatten(), "enumeration and pair rows disagree", 1e-9)
     expect(rejected, logps.flatten(), "enumeration and pair rows disagree", 1e-9)

@@ -35,7 +35,7 @@ def test_training_through_the_table_is_training_on_pair_rows(sft):
     losses = losses_of(lab.listed(model), torch.arange(64))
     ours = torch.autograd.grad(losses.mean(), list(model.parameters()))
 
-    rows = data.encode_pairs(WORLD.texts(drawn), WORLD.tokenizer, 8, WORLD.K)
+    rows = WORLD.rows(drawn)
     plain = dpo.response_logps(model, data.collate(rows, range(64)))
     plain = dpo.dpo_loss(*plain, *start[x, both].float(), beta=0.7).losses
     theirs = torch.autograd.grad(plain.mean(), list(model.parameters()))
@@ -49,8 +49,9 @@ def test_lengths_and_grammar_of_the_listed_answers():
     wanted = {"": 1, " good": 2, " not good": 3, " not very good": 3}
     for y, tokens in wanted.items():
         assert lab.LENGTHS[place[y]] == tokens, f"{y!r}: words and, below K = 3 of them, the end"
-    assert lab.GRAMMATICAL.sum() == 16, "[not] [very] and one of 4 opinions"
-    assert lab.GRAMMATICAL[place[" not very dull"]] and not lab.GRAMMATICAL[place[" very not dull"]]
+    assert WORLD.grammatical.sum() == 16, "[not] [very] and one of 4 opinions"
+    assert WORLD.grammatical[place[" not very dull"]]
+    assert not WORLD.grammatical[place[" very not dull"]]
 
 
 def test_agreement_by_hand(monkeypatch):
@@ -245,7 +246,7 @@ def test_leak_says_where_all_the_mass_is_and_draws_from_the_policy(monkeypatch, 
     for row in rows:
         total = row["grammatical"] + row["other_paired"] + row["in_no_pair"]
         assert total == pytest.approx(1, abs=1e-6), row
-    grammatical = sft[1].exp()[:, lab.GRAMMATICAL].sum(-1).mean()
+    grammatical = sft[1].exp()[:, WORLD.grammatical].sum(-1).mean()
     expect(first["grammatical"], grammatical, "mass of the reference on [not] [very] opinion", 1e-6)
     assert len(seen_by) == 2 and torch.equal(seen_by[0], sft[1]), "first from the reference"
     assert dpo.kl_divergence(seen_by[1], seen_by[0]).min() > 0.01, "then from the trained policy"
