@@ -46,6 +46,11 @@ def main(argv=None):
     except (data.InputError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        print("train.py: out of memory; smaller: --micro-batch-size, the model", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\ntrain.py: interrupted; the same command with --resume goes on", file=sys.stderr)
         sys.exit(130)

@@ -443,6 +443,25 @@ def test_tokenizer_files_without_network_are_one_line(monkeypatch, tmp_path):
         data.get_tokenizer("gpt2")
 
 
+def cuda_is_full(config):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("fills", [cuda_is_full, lambda config: torch.empty(10**15)])
+def test_out_of_memory_is_one_line(fills, monkeypatch, capsys):
+    monkeypatch.setattr(train, "run", fills)
+    with pytest.raises(SystemExit) as exit:
+        train.main([])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and "--micro-batch-size" in error and error.count("\n") == 1, error
+
+
+def test_other_errors_of_torch_are_shown_whole(monkeypatch):
+    monkeypatch.setattr(train, "run", lambda config: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):  # a student's bug wants its traceback
+        train.main([])
+
+
 @pytest.mark.parametrize("flag", ["--lr", "--sft-lr"])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, flag):
     done = here(*QUICK, flag, 1e30, "--log-every", 1, "--out", tmp_path)
