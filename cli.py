@@ -34,7 +34,7 @@ class Config:
     init: str = knob("", "start from gpt2, gpt2-medium, ... or from a folder in that format")
     block_size: int = knob(8, "longest prompt plus answer, in tokens")
     n_layer: int = knob(1, "layers")
-    n_head: int = knob(4, "attention heads")
+    n_head: int = knob(2, "attention heads")
     n_embd: int = knob(32, "width")
     loss: str = knob("dpo", f"{', '.join(dpo.LOSSES)}, or file.py:function of the same four sums")
     beta: float = knob(1.0, "strength of the leash to the reference")
@@ -43,7 +43,7 @@ class Config:
     gamma: float = knob(None, "margin that simpo_loss asks for")
     sft_epochs: float = knob(20.0, "passes over the SFT corpus or the chosen answers; 0 for none")
     sft_lr: float = knob(1e-2, "learning rate of SFT")
-    epochs: float = knob(18.0, "passes over the pairs")
+    epochs: float = knob(12.0, "passes over the pairs")
     lr: float = knob(1e-2, "learning rate of DPO")
     warmup_steps: int = knob(150, "steps of linear warm-up, at most a tenth of the run")
     decay: bool = knob(True, "let the learning rate fall linearly to 0 afterwards")
@@ -64,8 +64,8 @@ class Config:
 
 
 TOY = Config()
-REAL = replace(TOY, block_size=1024, n_layer=4, n_embd=128, sft_epochs=6.0, sft_lr=2e-3, beta=None,
-               epochs=4.0, lr=5e-4, warmup_steps=10, batch_size=32, micro_batch_size=8,
+REAL = replace(TOY, block_size=1024, n_layer=4, n_head=4, n_embd=128, sft_epochs=6.0, sft_lr=2e-3,
+               beta=None, epochs=4.0, lr=5e-4, warmup_steps=10, batch_size=32, micro_batch_size=8,
                log_every=1, eval_every=20, save_every=100)  # fmt: skip
 SETTINGS = "beta", "epsilon", "alpha", "gamma"  # of a loss; None is its own default
 ABOUT = "DPO on a toy world whose optimum is known, or with --data on preference pairs of your own."

@@ -29,7 +29,7 @@ from cli import progress
 WORLD = data.ToyWorld("small")
 BETA = 1.0  # train.py's in the toy world
 PAIRS, STEPS, BATCH = 100_000, 800, 1024  # of a DPO run: some eight passes over the pairs
-LENGTHS = torch.tensor([min(len(y.split()) + 1, WORLD.K) for y in WORLD.answers])  # in tokens
+LENGTHS = torch.tensor([len(ids) for ids in WORLD.answer_ids])  # in tokens
 
 
 class Table(torch.nn.Module):

@@ -43,8 +43,7 @@ class Scalar(nn.Module):
 # The reward model: Eq. 2
 
 
-encode = WORLD.tokenizer.encode_ordinary
-ANSWERS = [(encode(y) + [WORLD.W] * WORLD.K)[: WORLD.K] for y in WORLD.answers]
+ANSWERS = [(ids + [WORLD.W] * WORLD.K)[: WORLD.K] for ids in WORLD.answer_ids]
 ANSWERS = torch.tensor(ANSWERS)  # (Y, K) tokens; END fills the rest, LENGTHS says what counts
 
 
