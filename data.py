@@ -24,7 +24,7 @@ class InputError(ValueError):
 
 
 class Pair(NamedTuple):
-    """A prompt and two answers, the preferred one first. An empty answer is the end token alone."""
+    """A prompt and two answers, the preferred one first."""
 
     prompt: str
     chosen: str
@@ -35,8 +35,8 @@ def load_pairs(path):
     """A file of JSON lines {"prompt": ..., "chosen": ..., "rejected": ...} or, without a prompt, of
     dialogues (see `split_dialogues`) -> list of Pair.
 
-    Pairs whose answers are equal or no answers to one question are dropped, with a warning that
-    counts them. InputError names the file, line and field; OSError if the file cannot be read.
+    What is not two different answers to one prompt is dropped, with a warning that counts it.
+    InputError names the file, the line and the field; OSError if the file cannot be read.
     """
     pairs, dropped = [], []
     with open(path, "rb") as file:  # bytes: text that is not UTF-8 is then an error of its line
@@ -49,7 +49,7 @@ def load_pairs(path):
                 raise InputError(f"{path}:{number}: not a line of JSON ({error})") from None
             if not isinstance(record, dict):
                 raise InputError(f"{path}:{number}: not a JSON object ({', '.join(Pair._fields)})")
-            whole = "prompt" not in record and ASSISTANT in str(record.get("chosen"))
+            whole = "prompt" not in record and ASSISTANT in "".join(map(str, record.values()))
             texts = {field: record.get(field) for field in Pair._fields[whole:]}
             for field, text in texts.items():
                 if not isinstance(text, str) or not text.strip():
@@ -60,8 +60,8 @@ def load_pairs(path):
             else:
                 dropped.append(number)
     if dropped:
-        why = f"answers equal, or to two questions: {len(dropped)}, first in line {dropped[0]}"
-        warnings.warn(f"{path}: pairs dropped, {why}", stacklevel=2)
+        odd = f"not two different answers to one prompt: {len(dropped)}, first in line {dropped[0]}"
+        warnings.warn(f"{path}: pairs dropped, {odd}", stacklevel=2)
     if not pairs:
         raise InputError(f"{path}: holds no usable pair")
     return pairs
@@ -145,7 +145,7 @@ def encode_pairs(pairs, tokenizer, block_size):
     if cut:
         warnings.warn(f"prompts cut on the left to fit into {block}: {cut}", stacklevel=2)
     if dropped:
-        warnings.warn(f"pairs dropped, no prompt fits into {block}: {dropped}", stacklevel=2)
+        warnings.warn(f"pairs dropped, an answer fills {block}: {dropped}", stacklevel=2)
     if not rows:
         raise InputError(f"no pair fits into {block}: raise --block-size")
     return rows
@@ -247,7 +247,7 @@ class Drawn(NamedTuple):
     prompt: torch.Tensor
     chosen: torch.Tensor
     rejected: torch.Tensor
-    p: torch.Tensor  # how many of endless annotators prefer `chosen`; 1 where one has spoken
+    p: torch.Tensor  # the share of endless annotators who prefer `chosen`; 1 unless soft
 
 
 class ToyWorld:

@@ -1,6 +1,6 @@
 """The policy: a GPT-2 in plain sight. Learned positions, pre-norm, tanh GELU, tied head.
 
-B batch, T positions, C channels, V vocabulary, N scored positions. Parameter names are those of
+B batch, T positions, C channels, V vocabulary, M scored positions. Parameter names are those of
 GPT-2's published checkpoints, so from_pretrained only has to transpose the four projections.
 Left out on purpose: dropout (so there is no train or eval mode to forget) and a key-value cache.
 """
@@ -93,11 +93,11 @@ class GPT(nn.Module):
 
         A pair row (data.collate) brings three more arguments: positions (B, T), since the second
         answer's restart where the prompt ends; mask (B, T, T), True where i may look at j; and
-        score_at (N,), places in the flattened (B * T), which alone get logits: (N, V).
+        score_at (M,), places in the flattened (B * T), which alone get logits: (M, V).
         """
         x = self.hidden(ids, positions, mask)
         if score_at is not None:
-            x = x.flatten(0, 1)[score_at]  # (N, C): the big product below only where it is needed
+            x = x.flatten(0, 1)[score_at]  # (M, C): the big product below only where it is needed
         return self.ln_f(x) @ self.wte.weight.T  # the head is the embedding, transposed
 
     def hidden(self, ids, positions=None, mask=None):

@@ -35,7 +35,7 @@ from model import GPT, GPTConfig, load, save, save_json
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun says which process this is
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
-BETAS = 0.9, 0.95  # AdamW's, as GPT-3's: with torch's own 0.999 some runs stay on a plateau, at 80%
+ADAM_BETAS = 0.9, 0.95  # GPT-3's: with torch's own 0.999 some runs stay on a plateau, at 80%
 
 
 def main(argv=None):
@@ -47,7 +47,7 @@ def main(argv=None):
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if not any(x in str(error) for x in ("out of memory", "can't allocate memory")):
             raise
         print("train.py: out of memory; smaller: --micro-batch-size, the model", file=sys.stderr)
         sys.exit(2)
@@ -116,8 +116,9 @@ def begin(config):
     """The folder --out: with --resume as that run left it, else without what one resumes from."""
     out = Path(config.out)
     if RANK == 0 and not config.resume:
-        if config.data and (out / "checkpoint.pt").exists() and not (out / "summary.json").exists():
-            refuse(f"{out} holds a run that is not finished: add --resume, or give another --out")
+        sft = out / "reference" / "config.json"
+        if config.data and sft.exists() and not (out / "summary.json").exists():
+            refuse(f"{out} holds a run that is not finished: add --resume, or remove it")
         out.mkdir(parents=True, exist_ok=True)
         old = "reference/config.json reference_logps.pt checkpoint.pt policy/config.json curves.png"
         for name in [*old.split(), "summary.json"]:
@@ -295,7 +296,7 @@ def updates(model, rows, losses_of, config, epochs, peak_lr, saved=None):
     `grad_norm, lr, optimizer`. InputError if a loss or the gradient is not finite.
     """
     if config.optimizer == "adamw":
-        settings = dict(betas=BETAS, weight_decay=0.0, fused=True)
+        settings = dict(betas=ADAM_BETAS, weight_decay=0.0, fused=True)
         optimizer = torch.optim.AdamW(model.parameters(), peak_lr, **settings)
     else:
         optimizer = torch.optim.RMSprop(model.parameters(), peak_lr)
@@ -391,7 +392,7 @@ def build_model(config, tokenizer):
         return GPT(GPTConfig(tokenizer.n_vocab, config.block_size, *shape)).to(config.device)
     model = GPT.from_pretrained(config.init)
     if model.config.vocab_size != tokenizer.n_vocab or model.config.n_positions < config.block_size:
-        refuse(f"{config.init}: {model.config}, --tokenizer has {tokenizer.n_vocab} tokens")
+        refuse(f"{config.init}: {model.config}; --tokenizer or --block-size does not fit it")
     return model.to(config.device)
 
 

@@ -31,8 +31,9 @@ import dpo
 import train
 from cli import progress
 from model import GPT, GPTConfig
+from train import ADAM_BETAS
 
-BETA, LR, BETAS, BATCH, VOCAB = 0.1, 1e-5, (0.9, 0.95), 8, 50257  # BETAS: AdamW's, as in train.py
+BETA, LR, BATCH, VOCAB = 0.1, 1e-5, 8, 50257
 GROWTH = [(16, 32, 8), (64, 32, 8), (256, 32, 8), (512, 32, 8),  # tokens of prompt, of answers,
           (64, 8, 8), (64, 128, 8), (64, 32, 2), (64, 32, 32)]  # pairs a batch  # fmt: skip
 LOSS_STEPS, ROUNDS, TRL_STEPS = 10, 5, 60  # the first ten, whose losses are shown, warm up as well
@@ -79,7 +80,7 @@ def authors(rows, folder, batch):
     """The authors' code, written out: two padded rows a pair, a logit for every token of both, and
     the reference again in every step."""
     policy, reference = (GPT.from_pretrained(folder).to(CONFIG.device) for _ in range(2))
-    optimizer = torch.optim.AdamW(policy.parameters(), LR, BETAS, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), LR, ADAM_BETAS, weight_decay=0.0)
 
     def logps(model, ids, mask):
         sums = dpo.sequence_logps(model(ids), ids, mask)
@@ -102,7 +103,7 @@ def two_rows(rows, folder, batch):
     """Ours, but for the row: one for each answer, so that the prompt is computed twice."""
     train.keep_freed_memory()
     model = GPT.from_pretrained(folder).to(CONFIG.device)
-    optimizer = torch.optim.AdamW(model.parameters(), LR, BETAS, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), LR, ADAM_BETAS, weight_decay=0.0, fused=True)
     single = [data.TokenPair(x, y, []) for x, w, l in rows for y in (w, l)]
     ref = train.all_logps(model, single, CONFIG)[0]
     generator = torch.Generator().manual_seed(CONFIG.seed)

@@ -9,7 +9,7 @@ import torch
 import transformers
 from trl import DPOConfig, DPOTrainer
 
-from experiments.bench import BETA, BETAS, CONFIG, LR, TRL_STEPS, VOCAB, order
+from experiments.bench import ADAM_BETAS, BETA, CONFIG, LR, TRL_STEPS, VOCAB, order
 
 
 def trl(rows, folder, batch, precompute=False):
@@ -44,7 +44,7 @@ def trl(rows, folder, batch, precompute=False):
             return self.last_loss
 
     config = DPOConfig(
-        output_dir=str(Path(folder) / "trl"), beta=BETA, learning_rate=LR, adam_beta2=BETAS[1],
+        output_dir=str(Path(folder) / "trl"), beta=BETA, learning_rate=LR, adam_beta2=ADAM_BETAS[1],
         max_steps=TRL_STEPS, per_device_train_batch_size=batch, lr_scheduler_type="constant",
         max_grad_norm=1.0,
         bf16=False, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,

@@ -90,7 +90,7 @@ def descend(model, losses_of, n, steps, lr, seed, batch=BATCH):
     train.py does: AdamW, a short warm-up, a linear decay, clipped gradients.
     Yields (step, logps) before each step and after the last.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr, train.BETAS, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, train.ADAM_BETAS, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     left = torch.empty(0, dtype=torch.long)
     for step in range(steps):

@@ -17,7 +17,7 @@ from torch import nn
 import dpo
 from experiments import lab
 from experiments.lab import BETA, LENGTHS, WORLD
-from train import BETAS
+from train import ADAM_BETAS
 
 SAMPLES = 8 * 48 * 512  # answers that PPO draws: 2% fewer than the 100,000 pairs of DPO hold
 EPOCHS = 8  # of the reward model, as many as DPO's
@@ -61,7 +61,7 @@ def train_reward_model(sft, drawn, epochs=EPOCHS, seed=0, lr=5e-3, batch=512):
     """
     model = Scalar(sft)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, BETAS, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, ADAM_BETAS, weight_decay=0.0)
     order = [torch.randperm(len(drawn.prompt), generator=generator) for _ in range(epochs)]
     batches = torch.cat(order).split(batch)
     for step, i in enumerate(batches):
@@ -165,8 +165,10 @@ def ppo(sft, rewards, seed, beta=BETA, target_kl=None, samples=SAMPLES, **tuned)
     """
     t = {**TUNED, **tuned}
     policy, ref, critic = copy.deepcopy(sft), sft, Scalar(sft)
-    actor = torch.optim.AdamW(policy.parameters(), t["lr"], BETAS, weight_decay=0.0)
-    critic_opt = torch.optim.AdamW(critic.parameters(), t["critic_lr"], BETAS, weight_decay=0.0)
+    actor = torch.optim.AdamW(policy.parameters(), t["lr"], ADAM_BETAS, weight_decay=0.0)
+    critic_opt = torch.optim.AdamW(
+        critic.parameters(), t["critic_lr"], ADAM_BETAS, weight_decay=0.0
+    )
     generator = torch.Generator().manual_seed(seed)
     start, rounds = WORLD.prompt_ids.shape[1], samples // t["batch"]
     for n in range(rounds):

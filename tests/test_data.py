@@ -78,6 +78,7 @@ DIALOGUES = {  # chosen, rejected, the pair; None if it is dropped
     "chosen answers twice": (TALK + " A.\n\nAssistant: C.", TALK + " B.", None),
     "rejected answers twice": (TALK + " A.", TALK + " B.\n\nAssistant: C.", None),
     "one has no answer, nor a turn for it": (TALK + " A.", "\n\nHuman: Hi.", None),
+    "neither the other": ("\n\nHuman: Hi.", TALK + " A.", None),
     "another question": (TALK.replace("Why", "Where") + " A.", TALK + " B.", None),
 }
 
@@ -99,13 +100,11 @@ def test_dialogues(case, tmp_path):
 
 def test_equal_dialogues_are_counted(tmp_path):
     rows = [{"chosen": TALK + " A.", "rejected": TALK + f" {x}."} for x in "AB"]
-    with pytest.warns(UserWarning, match="equal.*: 1, first in line 1"):
+    with pytest.warns(UserWarning, match="dropped.*: 1, first in line 1"):
         assert load_pairs(write(tmp_path, *rows)) == [(TALK, " A.", " B.")]
 
 
-@pytest.mark.parametrize(
-    "given", [{"prompt": "Hi"}, {"chosen": 1}, {"chosen": "A", "rejected": "B"}]
-)
+@pytest.mark.parametrize("given", [{"prompt": "Hi"}, {"chosen": "A", "rejected": "B"}])
 def test_what_is_no_dialogue_stays_as_it_is(given, tmp_path):
     """With a prompt, or where no text has an "Assistant:": three fields are asked for."""
     record = {"chosen": TALK + " A.", "rejected": TALK + " B."} | given
@@ -125,7 +124,7 @@ def test_load_pairs_refuses_bytes_that_are_no_text(tmp_path):
 
 
 def test_equal_answers_are_counted_and_dropped(tmp_path):
-    with pytest.warns(UserWarning, match="equal.*: 2, first in line 2"):
+    with pytest.warns(UserWarning, match="dropped.*: 2, first in line 2"):
         assert (
             len(load_pairs(write(tmp_path, GOOD, GOOD | {"chosen": "5"}, GOOD | {"chosen": "5"})))
             == 1
@@ -190,7 +189,7 @@ def test_answers_are_never_cut():
     assert len(row.rejected) == 7
     with pytest.warns(UserWarning), pytest.raises(InputError, match="no pair fits"):
         encode_pairs(pairs[:1], get_tokenizer("bytes"), 8)
-    with pytest.warns(UserWarning, match="no prompt"), pytest.raises(InputError, match="no pair"):
+    with pytest.warns(UserWarning, match="fills"), pytest.raises(InputError, match="no pair"):
         encode_pairs([Pair("", "x", "z")], get_tokenizer("bytes"), 8)
 
 

@@ -456,9 +456,14 @@ def test_out_of_memory_is_one_line(fills, monkeypatch, capsys):
     assert exit.value.code == 2 and "--micro-batch-size" in error and error.count("\n") == 1, error
 
 
-def test_other_errors_of_torch_are_shown_whole(monkeypatch):
-    monkeypatch.setattr(train, "run", lambda config: torch.ones(2) @ torch.ones(3))
-    with pytest.raises(RuntimeError, match="size"):  # a student's bug wants its traceback
+def illegal_access(config):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("bug", [illegal_access, lambda config: torch.ones(2) @ torch.ones(3)])
+def test_other_errors_of_torch_are_shown_whole(bug, monkeypatch):
+    monkeypatch.setattr(train, "run", bug)
+    with pytest.raises(RuntimeError, match="illegal|size"):  # a bug wants its traceback
         train.main([])
 
 

@@ -206,15 +206,15 @@ def test_another_device_may_go_on(whole, tmp_path, capsys):
 
 
 def test_an_unfinished_run_on_real_pairs_is_not_overwritten(tmp_path, capsys):
-    """Forgetting --resume must not cost the hours that a checkpoint holds."""
+    """Forgetting --resume must not cost the hours that went into SFT, or more."""
     write_pairs(tmp_path / "pairs.jsonl")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "checkpoint.pt").write_text("hours of work")
+    (tmp_path / "out" / "reference").mkdir(parents=True)
+    (tmp_path / "out" / "reference" / "config.json").write_text("hours of work")
     flags = ["--data", tmp_path / "pairs.jsonl", *SMALL, "--out", tmp_path / "out"]
     with pytest.warns(UserWarning), pytest.raises(SystemExit):
         train.main([*map(str, flags)])
     assert "--resume" in capsys.readouterr().err
-    assert (tmp_path / "out" / "checkpoint.pt").read_text() == "hours of work"
+    assert (tmp_path / "out" / "reference" / "config.json").read_text() == "hours of work"
 
 
 def test_a_new_run_leaves_nothing_of_an_old_one_to_be_resumed(whole, tmp_path, monkeypatch):
