@@ -5,7 +5,9 @@ import importlib.util
 import inspect
 import json
 import math
+import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -93,11 +95,15 @@ def parse_args(argv):
         refuse(f"{flags[name]} has no effect {'here' if config.data else 'without --data'}")
     for setting in fields(Config):
         value, may_be_0 = given.get(setting.name, 1), setting.name in MAY_BE_0
-        limit = {int: 2**63, float: math.inf}.get(setting.type)
+        limit = {int: 2**40, float: math.inf}.get(setting.type)
         if limit and not (0 < value < limit or (value == 0 and may_be_0)):
             refuse(
                 f"{flags[setting.name]} must be {'0 or over' if may_be_0 else 'over 0'}, and finite"
             )
+    if given.get("data") == "":
+        refuse("--data is empty; without it the toy world is trained on")
+    if config.init and Path(config.out).resolve() in Path(config.init).resolve().parents:
+        refuse(f"--init {config.init} lies in --out {config.out}, and a new run would remove it")
     config = resolve_loss(config, given)
     if config.n_embd % config.n_head:
         refuse(f"--n-embd {config.n_embd} does not divide into --n-head {config.n_head}")
@@ -117,8 +123,9 @@ def resume(given):
     if not path.exists():
         refuse(f"--resume: there is no run in {path.parent}")
     try:
-        config = Config(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        settings = json.loads(path.read_text())
+        config = Config(**{name: value for name, value in settings.items() if name != "mark"})
+    except (ValueError, TypeError, AttributeError) as error:
         refuse(f"--resume: {path} does not hold the settings of a run ({error})")
     for name, value in given.items():
         if name != "device" and value not in ("auto", getattr(config, name)):
@@ -131,7 +138,7 @@ def resolve_loss(config, given):
     """Try the loss, so that it fails now and not after SFT; fill in its own defaults."""
     try:
         loss = load_loss(config.loss)
-        for B in (1, 2, 3):
+        for B in (1, 2, 3, min(config.micro_batch_size or config.batch_size, 4096)):
             logps = torch.full((2, B), -1.0, requires_grad=True)
             losses = call_loss(loss, config, logps, logps.detach(), torch.ones(2, B))
             if losses.shape != (B,):
@@ -139,16 +146,19 @@ def resolve_loss(config, given):
             (grad,) = torch.autograd.grad(losses.sum(), logps)
             if not (losses.isfinite() & grad.isfinite()).all():
                 raise ValueError("loss or gradient not finite where policy == reference")
+        named = inspect.signature(loss).parameters
+        for name in SETTINGS:
+            if name in named and getattr(config, name) is None:
+                config = replace(config, **{name: float(named[name].default)})
+        if config.beta is not None and not config.beta > 0:
+            raise ValueError(f"its beta is {config.beta} and must be over 0")
     except (Exception, SystemExit) as error:  # whatever a student's file does
         if isinstance(error, data.InputError):
             raise
         refuse(f"--loss {config.loss}: {type(error).__name__}, {error}".replace("\n", " "))
-    named = inspect.signature(loss).parameters
     for name in SETTINGS:
         if name in given and name not in named:
             refuse(f"--{name} has no effect on --loss {config.loss}")
-        if name in named and getattr(config, name) is None:
-            config = replace(config, **{name: named[name].default})
     return config if config.beta else replace(config, beta=0.1)  # of the rewards that are logged
 
 
@@ -212,6 +222,20 @@ def check_finite(step, losses, grad_norm, pair_ids, lr, config):
         pairs = ", ".join(str(i + 1) for i in bad[:5].tolist()) + ", ..." * (len(bad) > 5)
         where = f"step {step}: the loss or gradient of pairs {pairs} is not finite"
         refuse(f"{where}; is learning rate {lr} too large?" + " See --show." * bool(config.data))
+
+
+@contextmanager
+def ctrl_c():
+    """A list that is no longer empty after Ctrl-C or a kill, so that the step is finished first."""
+    interrupted = []
+    handlers = {sort: signal.getsignal(sort) for sort in (signal.SIGINT, signal.SIGTERM)}
+    for sort in handlers:
+        signal.signal(sort, lambda *_: interrupted.append(True))
+    try:
+        yield interrupted
+    finally:
+        for sort, handler in handlers.items():
+            signal.signal(sort, handler)
 
 
 def describe_step(metrics, steps, seconds_left):

@@ -184,6 +184,8 @@ PUBLISHED = {  # n_embd, n_layer, n_head
     "gpt2-large": (1280, 36, 20),
     "gpt2-xl": (1600, 48, 25),
 }
+FIXED = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
+             scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)  # fmt: skip
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there, (out, in) here
 
 
@@ -202,6 +204,8 @@ def download(name):
 def read_folder(folder):
     """config.json, and pytorch_model.bin, running no code in it, or model.safetensors."""
     given = json.loads((folder / "config.json").read_text())
+    if other := {key: given[key] for key, ours in FIXED.items() if given.get(key, ours) != ours}:
+        raise ValueError(f"it is not GPT-2's architecture: {other}")
     config = GPTConfig(**{key: given[key] for key in asdict(GPTConfig()) if key in given})
     if (folder / "pytorch_model.bin").is_file():
         return config, load(folder / "pytorch_model.bin")

@@ -13,12 +13,11 @@ import json
 import math
 import os
 import platform
-import signal
 import sys
 import time
 import warnings
 import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -29,12 +28,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import dpo
-from cli import Config, call_loss, check_finite, describe_step, load_loss, means, measure
+from cli import Config, call_loss, check_finite, ctrl_c, describe_step, load_loss, means, measure
 from cli import parse_args, plot, progress, refuse, report, samples, show
 from model import GPT, GPTConfig, load, save, save_json
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun says which process this is
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
+NO_MEMORY = "MemoryError", "out of memory", "can't allocate memory"
 ADAM_BETAS = 0.9, 0.95  # GPT-3's: with torch's own 0.999 some runs stay on a plateau, at 80%
 
 
@@ -46,10 +46,11 @@ def main(argv=None):
     except (data.InputError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
-        if not any(x in str(error) for x in ("out of memory", "can't allocate memory")):
+    except (MemoryError, RuntimeError) as error:
+        if not any(text in repr(error) for text in NO_MEMORY):
             raise
-        print("train.py: out of memory; smaller: --micro-batch-size, the model", file=sys.stderr)
+        hint = "make the model, --micro-batch-size or --pairs smaller"
+        print(f"train.py: out of memory: {hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ntrain.py: interrupted; the same command with --resume goes on", file=sys.stderr)
@@ -68,7 +69,7 @@ def run(config: Config):
         model.compile(dynamic=True)
     if config.show:
         return show(task, model, config.show)
-    out = begin(config)
+    out = begin(config, mark_of_run(task, config))
     print(*(f"{key}={value}" for key, value in asdict(config).items() if value is not None))
 
     if config.resume and (out / "reference" / "config.json").exists():
@@ -93,11 +94,11 @@ def run(config: Config):
 
     summary = {"config": asdict(config), "seconds": round(time.time() - start, 1)}
     summary |= {"gap_closed": results[name].get("gap_closed"), "rows": results}
-    report(summary, before, samples(model, task, config.seed))
     if RANK == 0:
         model.save_pretrained(out / "policy")
         save_json(summary, out / "summary.json")
         plot(history, results, out / "curves.png")
+    report(summary, before, samples(model, task, config.seed))
     if PROCESSES > 1:
         distributed.destroy_process_group()
     return summary
@@ -112,18 +113,21 @@ def join_processes(config):
         sys.stdout = open(os.devnull, "w")
 
 
-def begin(config):
+def begin(config, mark):
     """The folder --out: with --resume as that run left it, else without what one resumes from."""
     out = Path(config.out)
+    settings = out / "config.json"
+    if config.resume and json.loads(settings.read_text()).get("mark") != mark:
+        refuse(f"--resume: the pairs or the loss are not those of the run in {out}")
     if RANK == 0 and not config.resume:
-        sft = out / "reference" / "config.json"
-        if config.data and sft.exists() and not (out / "summary.json").exists():
+        ended = (out / "summary.json").exists() or not (out / "reference" / "config.json").exists()
+        if not ended and '"data": ""' not in settings.read_text():
             refuse(f"{out} holds a run that is not finished: add --resume, or remove it")
         out.mkdir(parents=True, exist_ok=True)
         old = "reference/config.json reference_logps.pt checkpoint.pt policy/config.json curves.png"
         for name in [*old.split(), "summary.json"]:
             (out / name).unlink(missing_ok=True)
-        save_json(asdict(config), out / "config.json")
+        save_json(asdict(config) | {"mark": mark}, settings)
     return out
 
 
@@ -131,7 +135,7 @@ def mark_of_run(task, config):
     """A number that tells this run's files from those of other settings, pairs or loss."""
     settings = asdict(replace(config, resume=False, out="", device=""))
     path = Path(config.loss.rpartition(":")[0])
-    loss = path.read_text() if config.loss not in dpo.LOSSES else ""
+    loss = path.read_bytes() if config.loss not in dpo.LOSSES else ""
     return zlib.crc32(repr((settings, loss, task.rows, task.held_out)).encode())
 
 
@@ -155,6 +159,7 @@ class ToyTask:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.sft_rows = world.corpus(self.generator)
         self.prompts, self.max_answer, self.temperature = world.prompt_ids.tolist(), world.K, 1.0
+        self.rows = self.held_out = ()  # as long as there is no reference to draw them from
 
     def use_reference(self, reference):
         """Draw the pairs from it, and work out the optimum that lies behind their labels. Eq. 4."""
@@ -261,6 +266,8 @@ def train_dpo(model, task, ref_logps, config, mark=None):
                 metrics = {"step": step} | measure(record, ref_logps[:, pair_ids], config.beta)
                 metrics |= {"pairs_per_second": seen / (time.time() - start)}
                 metrics |= task.evaluate(model) if evaluate else {}
+                if not all(map(math.isfinite, metrics.values())):
+                    refuse(f"step {step}: not finite; is learning rate {config.lr} too large?")
                 history.append(metrics)
                 print(json.dumps(metrics), file=file, flush=True)
                 left = (steps - step) * (time.time() - start) / (step - done)
@@ -274,20 +281,6 @@ def train_dpo(model, task, ref_logps, config, mark=None):
             if stop.any():  # all processes at one step
                 raise KeyboardInterrupt
     return history
-
-
-@contextmanager
-def ctrl_c():
-    """A list that is no longer empty after Ctrl-C or a kill, so that the step is finished first."""
-    interrupted = []
-    handlers = {sort: signal.getsignal(sort) for sort in (signal.SIGINT, signal.SIGTERM)}
-    for sort in handlers:
-        signal.signal(sort, lambda *_: interrupted.append(True))
-    try:
-        yield interrupted
-    finally:
-        for sort, handler in handlers.items():
-            signal.signal(sort, handler)
 
 
 def updates(model, rows, losses_of, config, epochs, peak_lr, saved=None):
@@ -397,4 +390,5 @@ def build_model(config, tokenizer):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # an answer may hold what a terminal can't show
     main()

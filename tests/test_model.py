@@ -119,6 +119,8 @@ def test_unreadable_checkpoints_are_one_line(model, tmp_path):
         ({"n_head": 0}, "unreadable"),
         ({"n_embd": "16"}, "unreadable"),
         ({"n_embd": -16}, "unreadable"),
+        ({"activation_function": "relu"}, "not GPT-2's architecture"),
+        ({"tie_word_embeddings": False}, "not GPT-2's architecture"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | wrong))
         refused(says)

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -170,8 +171,9 @@ def test_what_cannot_be_resumed_is_one_line(case, whole, tmp_path, capsys):
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("killed", ["after SFT", "in DPO"])
 @pytest.mark.parametrize("changed", ["loss", "held-out pair"])
-def test_a_run_is_not_resumed_with_another_loss_or_other_pairs(changed, tmp_path, capsys):
+def test_a_run_is_not_resumed_with_another_loss_or_other_pairs(changed, killed, tmp_path, capsys):
     """The loss file, or a pair that is only evaluated on, is edited between the two."""
     write_pairs(tmp_path / "pairs.jsonl")
     (tmp_path / "mine.py").write_text("def f(w, l, ref_w, ref_l): return l - w")
@@ -186,9 +188,22 @@ def test_a_run_is_not_resumed_with_another_loss_or_other_pairs(changed, tmp_path
             prompt = bytes(train.RealTask(config).held_out[0].prompt)
             text = (tmp_path / "pairs.jsonl").read_bytes()
             (tmp_path / "pairs.jsonl").write_bytes(text.replace(prompt, prompt[::-1]))
+        if killed == "after SFT":
+            (tmp_path / "out" / "checkpoint.pt").unlink()
+            (tmp_path / "out" / "reference_logps.pt").unlink()
         with pytest.raises(SystemExit):
             train.main([*flags, "--resume"])
-    assert "reference_logps.pt is not of this run" in capsys.readouterr().err
+    assert "the pairs or the loss are not those of the run" in capsys.readouterr().err
+
+
+def test_answers_that_a_terminal_cannot_show_lose_nothing(root, tmp_path):
+    pairs = [{"prompt": f"caf\xe9 {i}", "chosen": "b", "rejected": "c"} for i in range(9)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    args = [root / "train.py", "--data", tmp_path / "pairs.jsonl", *SMALL, "--out", tmp_path / "o"]
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, *map(str, args)], env=env, capture_output=True)
+    assert done.returncode == 0 and b"caf? " in done.stdout, done.stderr.decode()
+    assert (tmp_path / "o" / "policy" / "config.json").exists()
 
 
 def test_another_device_may_go_on(whole, tmp_path, capsys):
@@ -205,14 +220,17 @@ def test_another_device_may_go_on(whole, tmp_path, capsys):
     assert "--device" in capsys.readouterr().err
 
 
-def test_an_unfinished_run_on_real_pairs_is_not_overwritten(tmp_path, capsys):
+@pytest.mark.parametrize("by", ["its own command", "the toy world"])
+def test_an_unfinished_run_on_real_pairs_is_not_overwritten(by, tmp_path, capsys):
     """Forgetting --resume must not cost the hours that went into SFT, or more."""
     write_pairs(tmp_path / "pairs.jsonl")
     (tmp_path / "out" / "reference").mkdir(parents=True)
     (tmp_path / "out" / "reference" / "config.json").write_text("hours of work")
-    flags = ["--data", tmp_path / "pairs.jsonl", *SMALL, "--out", tmp_path / "out"]
-    with pytest.warns(UserWarning), pytest.raises(SystemExit):
-        train.main([*map(str, flags)])
+    model.save_json({"data": "pairs.jsonl"}, tmp_path / "out" / "config.json")
+    flags = TOY if by == "the toy world" else ["--data", tmp_path / "pairs.jsonl", *SMALL]
+    with pytest.raises(SystemExit), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that pairs were dropped
+        train.main([*map(str, flags), "--out", str(tmp_path / "out")])
     assert "--resume" in capsys.readouterr().err
     assert (tmp_path / "out" / "reference" / "config.json").read_text() == "hours of work"
 
