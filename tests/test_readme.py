@@ -299,7 +299,7 @@ def test_the_first_command_prints_what_readme_shows(root, tmp_path):
     )
     for line in shown - {"..."}:
         assert line.startswith("The ") or line in printed, f"not printed: {line}"  # or a sample
-    first = "DPO 1/3528  loss 0.6931  margin 0.0000  weight 0.5000  "
+    first = "DPO 1/2352  loss 0.6931  margin 0.0000  weight 0.5000  "
     assert first in block and first in ran, "log 2"
     for row in ("reference", "dpo", "optimum"):
         got, wanted = (
