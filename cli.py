@@ -97,9 +97,8 @@ def parse_args(argv):
         value, may_be_0 = given.get(setting.name, 1), setting.name in MAY_BE_0
         limit = {int: 2**40, float: math.inf}.get(setting.type)
         if limit and not (0 < value < limit or (value == 0 and may_be_0)):
-            refuse(
-                f"{flags[setting.name]} must be {'0 or over' if may_be_0 else 'over 0'}, and finite"
-            )
+            least = "0 or over" if may_be_0 else "over 0"
+            refuse(f"{flags[setting.name]} must be {least}, and below {limit}")
     if given.get("data") == "":
         refuse("--data is empty; without it the toy world is trained on")
     if config.init and Path(config.out).resolve() in Path(config.init).resolve().parents:
@@ -166,6 +165,20 @@ def refuse(message):
     raise data.InputError(message)
 
 
+@contextmanager
+def ctrl_c():
+    """A list that is no longer empty after Ctrl-C or a kill, so that the step is finished first."""
+    interrupted = []
+    handlers = {sort: signal.getsignal(sort) for sort in (signal.SIGINT, signal.SIGTERM)}
+    for sort in handlers:
+        signal.signal(sort, lambda *_: interrupted.append(True))
+    try:
+        yield interrupted
+    finally:
+        for sort, handler in handlers.items():
+            signal.signal(sort, handler)
+
+
 # The loss by name
 
 
@@ -222,20 +235,6 @@ def check_finite(step, losses, grad_norm, pair_ids, lr, config):
         pairs = ", ".join(str(i + 1) for i in bad[:5].tolist()) + ", ..." * (len(bad) > 5)
         where = f"step {step}: the loss or gradient of pairs {pairs} is not finite"
         refuse(f"{where}; is learning rate {lr} too large?" + " See --show." * bool(config.data))
-
-
-@contextmanager
-def ctrl_c():
-    """A list that is no longer empty after Ctrl-C or a kill, so that the step is finished first."""
-    interrupted = []
-    handlers = {sort: signal.getsignal(sort) for sort in (signal.SIGINT, signal.SIGTERM)}
-    for sort in handlers:
-        signal.signal(sort, lambda *_: interrupted.append(True))
-    try:
-        yield interrupted
-    finally:
-        for sort, handler in handlers.items():
-            signal.signal(sort, handler)
 
 
 def describe_step(metrics, steps, seconds_left):

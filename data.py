@@ -210,9 +210,8 @@ def collate(rows, pair_ids):
     places += torch.where((owner >= B) & (k > shared[pair, 0]), skip[pair, 0], 0)
     score_at, logits_row = places.unique(return_inverse=True)
     targets = np.array([t for part in (1, 2) for row in picked for t in row[part]])
-    return Batch(
-        ids, positions, mask, score_at, logits_row, torch.from_numpy(targets), owner, pair_ids
-    )
+    targets = torch.from_numpy(targets)
+    return Batch(ids, positions, mask, score_at, logits_row, targets, owner, pair_ids)
 
 
 def batches(rows, batch_size, generator):

@@ -184,6 +184,7 @@ PUBLISHED = {  # n_embd, n_layer, n_head
     "gpt2-large": (1280, 36, 20),
     "gpt2-xl": (1600, 48, 25),
 }
+# Of these settings in a config.json, this model knows but one value
 FIXED = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
              scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)  # fmt: skip
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there, (out, in) here

@@ -120,8 +120,9 @@ def begin(config, mark):
     if config.resume and json.loads(settings.read_text()).get("mark") != mark:
         refuse(f"--resume: the pairs or the loss are not those of the run in {out}")
     if RANK == 0 and not config.resume:
-        ended = (out / "summary.json").exists() or not (out / "reference" / "config.json").exists()
-        if not ended and '"data": ""' not in settings.read_text():
+        begun, ended = out / "reference" / "config.json", out / "summary.json"
+        unfinished = begun.exists() and not ended.exists()
+        if unfinished and '"data": ""' not in settings.read_text():  # of a user's own pairs
             refuse(f"{out} holds a run that is not finished: add --resume, or remove it")
         out.mkdir(parents=True, exist_ok=True)
         old = "reference/config.json reference_logps.pt checkpoint.pt policy/config.json curves.png"

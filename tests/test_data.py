@@ -104,6 +104,12 @@ def test_equal_dialogues_are_counted(tmp_path):
         assert load_pairs(write(tmp_path, *rows)) == [(TALK, " A.", " B.")]
 
 
+def test_a_dialogue_must_be_text(tmp_path):
+    path = write(tmp_path, {"chosen": 1, "rejected": TALK + " B."})
+    with pytest.raises(InputError, match=':1: "chosen" must be a string'):
+        load_pairs(path)
+
+
 @pytest.mark.parametrize("given", [{"prompt": "Hi"}, {"chosen": "A", "rejected": "B"}])
 def test_what_is_no_dialogue_stays_as_it_is(given, tmp_path):
     """With a prompt, or where no text has an "Assistant:": three fields are asked for."""
