@@ -1,30 +1,35 @@
-"""From text to the rows that the model eats, and the toy world in which everything is known.
+"""From text to batches, and the toy world, in which every response is listed.
 
-text pair -> token ids -> one row a pair -> Batch -> dpo.response_logps -> log-probs.
-B pairs, T positions, N scored tokens; in the toy world P prompts, W words, Y answers to each.
+text pair -> token ids -> two padded rows and a mask -> dpo.response_logps -> log-probs -> loss.
+B pairs, R rows, T positions; in the toy world P prompts, W words, Y responses to each prompt.
+
+    python data.py pairs.jsonl [tokenizer]    shows the tokens of the first pair, [scored] or not
 """
 
 import itertools
 import json
+import math
 import re
+import sys
 import warnings
 from os.path import commonprefix
 from typing import NamedTuple
 
-import numpy as np
 import tiktoken
 import torch
 
-END = "<|endoftext|>"  # every tokenizer here has it: the token that says an answer is over
-ASSISTANT = "\n\nAssistant:"  # begins an answer in Anthropic's dialogues
+import dpo
+
+END = "<|endoftext|>"  # the end token, which every tokenizer here has
+ASSISTANT = "\n\nAssistant:"  # begins a response in Anthropic's dialogues
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave us: one line that says where and what to do."""
+    """A mistake in the user's input: one line that says where it is and what to do."""
 
 
 class Pair(NamedTuple):
-    """A prompt and two answers, the preferred one first."""
+    """A prompt and two responses, the preferred one first."""
 
     prompt: str
     chosen: str
@@ -35,11 +40,11 @@ def load_pairs(path):
     """A file of JSON lines {"prompt": ..., "chosen": ..., "rejected": ...} or, without a prompt, of
     dialogues (see `split_dialogues`) -> list of Pair.
 
-    What is not two different answers to one prompt is dropped, with a warning that counts it.
-    InputError names the file, the line and the field; OSError if the file cannot be read.
+    Lines that do not hold two different responses to one prompt are dropped, and a warning counts
+    them. InputError names file, line and field. OSError if the file cannot be read.
     """
     pairs, dropped = [], []
-    with open(path, "rb") as file:  # bytes: text that is not UTF-8 is then an error of its line
+    with open(path, "rb") as file:  # as bytes: text that is not UTF-8 is then an error of its line
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -60,63 +65,48 @@ def load_pairs(path):
             else:
                 dropped.append(number)
     if dropped:
-        odd = f"not two different answers to one prompt: {len(dropped)}, first in line {dropped[0]}"
-        warnings.warn(f"{path}: pairs dropped, {odd}", stacklevel=2)
+        which = f"{len(dropped)}, the first in line {dropped[0]}"
+        warnings.warn(f"{path}: dropped, not two different responses: {which}", stacklevel=2)
     if not pairs:
-        raise InputError(f"{path}: holds no usable pair")
+        raise InputError(f"{path}: no usable pair")
     return pairs
 
 
 def split_dialogues(chosen, rejected):
-    """Anthropic's form (HH): two whole dialogues -> Pair. All that both share, up to its last
-    "Assistant:", is the prompt. None if more than the last answer differs, or one is empty.
+    """Anthropic's form (HH): two whole dialogues -> Pair. The prompt is what both share, up to its
+    last "Assistant:". None if they differ before the last response, or if one has none.
     """
     before, turn, _ = commonprefix([chosen, rejected]).rpartition(ASSISTANT)
-    answers = [text.removeprefix(before + turn) for text in (chosen, rejected)]
-    one_turn = all(x.strip() and not re.search(r"\n\n(Human|Assistant):", x) for x in answers)
-    return Pair(before + turn, *answers) if one_turn else None
+    responses = [text.removeprefix(before + turn) for text in (chosen, rejected)]
+    one_turn = all(y.strip() and not re.search(r"\n\n(Human|Assistant):", y) for y in responses)
+    return Pair(before + turn, *responses) if one_turn else None
 
 
 # Text -> token ids
 
 
 def get_tokenizer(name):
-    """A tiktoken.Encoding: "bytes" (any text, no download), or one of tiktoken's own such as
-    "gpt2", downloaded once. InputError if it can't be had.
+    """A tiktoken.Encoding: "bytes" (any text, no download) or one of tiktoken's own, which are
+    downloaded once. InputError if there is no such tokenizer or no download.
     """
-    if name == "bytes":  # one character at a time and nothing to merge: every token is a byte
+    if name == "bytes":  # nothing to merge: every token is a byte
         ranks = {bytes([byte]): byte for byte in range(256)}
         end = {END: 256}
         return tiktoken.Encoding(name, pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens=end)
     known = ["bytes", *tiktoken.list_encoding_names()]
     if name not in known:
-        raise InputError(f'unknown tokenizer "{name}"; there are {", ".join(known)}')
+        raise InputError(f'unknown tokenizer "{name}"; known are {", ".join(known)}')
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # whatever its download library raises
         raise InputError(
-            f'tokenizer "{name}": no download ({type(error).__name__}); run once with a network '
-            "and TIKTOKEN_CACHE_DIR set and bring that folder here, or use --tokenizer bytes"
+            f'tokenizer "{name}": download failed ({type(error).__name__}). Use --tokenizer bytes '
+            "or copy the folder TIKTOKEN_CACHE_DIR from a machine that has a network"
         ) from None
 
 
-class WordEncoding(tiktoken.Encoding):
-    """A closed vocabulary, a token for each word with the space before it."""
-
-    def __init__(self, words):
-        self.ranks = {f" {word}".encode(): rank for rank, word in enumerate(words)}
-        end = {END: len(words)}
-        super().__init__("toy", pat_str=r" ?\S+|\s", mergeable_ranks=self.ranks, special_tokens=end)
-
-    def encode_ordinary(self, text):
-        for word in re.findall(r" ?\S+|\s", text):  # tiktoken itself would panic on an unknown one
-            if word.encode() not in self.ranks:
-                raise InputError(f'"{word}" is not a word of the toy world, with its space')
-        return super().encode_ordinary(text)
-
-
 class TokenPair(NamedTuple):
-    """Token ids of a Pair. An empty `rejected` makes it a plain sequence, as SFT wants it."""
+    """Token ids of a Pair. SFT's have an empty `rejected`."""
 
     prompt: list
     chosen: list
@@ -124,215 +114,204 @@ class TokenPair(NamedTuple):
 
 
 def encode_pairs(pairs, tokenizer, block_size):
-    """Pairs -> list of TokenPair, each prompt and answer encoded by itself, answers closed by the
-    end token, so that no token straddles the boundary and the policy is taught to stop.
+    """Pairs -> list of TokenPair. Prompt and responses are encoded separately, so that no token
+    straddles their boundary. Responses end in the end token, so that the policy learns to stop.
 
-    A prompt is cut on its left until the longer answer fits into the block beside it; a pair with
-    no prompt, or an answer that leaves no room for one, is dropped. Both are warned of and counted.
-    InputError if no pair is left.
+    A prompt is cut on the left until it fits into the block beside the longer response. A pair is
+    dropped if its prompt is empty or a response fills the block. Warnings count both. InputError if
+    no pair is left.
     """
     rows, cut, dropped = [], 0, 0
     for pair in pairs:
-        prompt, *answers = [tokenizer.encode_ordinary(text) for text in pair]
-        chosen, rejected = [ids + [tokenizer.eot_token] for ids in answers]
+        prompt, *responses = [tokenizer.encode_ordinary(text) for text in pair]
+        chosen, rejected = [ids + [tokenizer.eot_token] for ids in responses]
         room = block_size - max(len(chosen), len(rejected))
-        if room < 1 or not prompt:  # the prompt's last token predicts the answer's first
+        if room < 1 or not prompt:  # the prompt's last token predicts the first of the response
             dropped += 1
             continue
         cut += len(prompt) > room
         rows.append(TokenPair(prompt[-room:], chosen, rejected))
-    block = f"the block of {block_size} tokens"
     if cut:
-        warnings.warn(f"prompts cut on the left to fit into {block}: {cut}", stacklevel=2)
+        warnings.warn(f"prompts cut on the left to fit {block_size} tokens: {cut}", stacklevel=2)
     if dropped:
-        warnings.warn(f"pairs dropped, an answer fills {block}: {dropped}", stacklevel=2)
+        warnings.warn(f"pairs dropped, too long for {block_size} tokens: {dropped}", stacklevel=2)
     if not rows:
-        raise InputError(f"no pair fits into {block}: raise --block-size")
+        raise InputError(f"no pair fits into {block_size} tokens: raise --block-size")
     return rows
 
 
-# Token ids -> one row a pair
+def show(path, name="bytes"):
+    """Print the first pair of a file as two rows of tokens, those that are scored in brackets."""
+    tokenizer = get_tokenizer(name)
+    ids, mask = collate(encode_pairs(load_pairs(path), tokenizer, block_size=1024), [0])
+    for side, row, scored in zip(("chosen", "rejected"), ids.tolist(), mask.tolist()):
+        tokens = [repr(tokenizer.decode([token])) for token in row]
+        end = len(row) - scored[::-1].index(True)
+        shown = [f"[{token}]" if s else token for token, s in zip(tokens[:end], scored)]
+        print(f"{side}:", *shown, f"and {len(row) - end} of padding\n")
 
 
-class Batch(NamedTuple):
-    """B pairs as B rows, and for each of N answer tokens where it is predicted and whose it is."""
-
-    ids: torch.Tensor  # (B, T)
-    positions: torch.Tensor  # (B, T)
-    mask: torch.Tensor  # (B, T, T), True where position i may look at position j
-    score_at: torch.Tensor  # (M,), M <= N places in the flattened (B * T), which get logits
-    logits_row: torch.Tensor  # (N,), in which of the M rows of logits a target is predicted
-    targets: torch.Tensor  # (N,), the token predicted there
-    owner: torch.Tensor  # (N,), i for chosen answer i, B + i for rejected answer i
-    pair_ids: torch.Tensor  # (B,), which pair each row is, for its reference log-probs
-
-    def to(self, device):
-        return Batch(*(tensor.to(device) for tensor in self))
+# Token ids -> batches
 
 
-def collate(rows, pair_ids):
-    """The TokenPairs rows[i] for i in pair_ids -> Batch, each row [prompt | chosen | rejected].
+def split(rows, fraction, generator):
+    """TokenPairs -> (to train on, held out). A prompt is on one side only, with all its pairs.
 
-    Both answers hang off one prompt: each sees it and itself, never the other. What both answers
-    begin with is computed once, like the prompt, and scored for both. The mask, in blocks:
-
-                   prompt  chosen  rejected
-        prompt       \\                            \\ = causal: itself and what came before
-        chosen       all     \\
-        rejected     all     -        \\           - = nothing
-
-    Three traps. (1) The last prompt token predicts the first token of both answers: one row of
-    logits, two targets. (2) An answer's last token is scored but never fed: nothing follows it.
-    (3) Padding may look at itself: a position that may look at nothing is 0/0, a NaN.
+    `fraction` of the prompts is held out, rounded up, but at least one prompt is left to train on.
+    A single prompt leaves nothing to hold out, which a warning says.
     """
-    pair_ids = torch.as_tensor(pair_ids)
-    picked = [rows[i] for i in pair_ids.tolist()]
-    B = len(picked)
-    begin = [commonprefix([row.chosen[:-1], row.rejected[:-1]]) for row in picked]
-    fed = [x + w[:-1] + l[len(both) : -1] for (x, w, l), both in zip(picked, begin)]
-    lengths = np.array([[*map(len, [*row, *more])] for row, *more in zip(picked, begin, fed)])
-    prompt, chosen, rejected, shared, row_end = torch.from_numpy(lengths).T[:, :, None]  # (B, 1)
-    trunk, skip = prompt + shared, chosen - 1 - shared  # what both hang off; the rest of chosen
-
-    place = torch.arange(int(row_end.max()))  # (T,)
-    block = 0 + (place >= trunk) + (place >= trunk + skip) + (place >= row_end)  # 3: padding
-    ids = torch.zeros_like(block)
-    ids[block < 3] = torch.from_numpy(np.array([*itertools.chain(*fed)]))
-    positions = torch.where(block == 3, 0, place - skip * (block == 2))  # rejected restarts
-    same = block[:, :, None] == block[:, None, :]
-    mask = (same | (block == 0)[:, None, :]) & (place[:, None] >= place)
-
-    counts = torch.cat([chosen, rejected]).flatten()  # (2B,), scored tokens of each answer
-    owner = torch.arange(2 * B).repeat_interleave(counts)
-    pair = owner % B
-    k = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]  # k-th token of its answer
-    places = pair * len(place) + prompt[pair, 0] - 1 + k  # as if chosen followed the prompt
-    places += torch.where((owner >= B) & (k > shared[pair, 0]), skip[pair, 0], 0)
-    score_at, logits_row = places.unique(return_inverse=True)
-    targets = np.array([t for part in (1, 2) for row in picked for t in row[part]])
-    targets = torch.from_numpy(targets)
-    return Batch(ids, positions, mask, score_at, logits_row, targets, owner, pair_ids)
+    prompts = list(dict.fromkeys(tuple(row.prompt) for row in rows))
+    n = min(math.ceil(fraction * len(prompts)), len(prompts) - 1)
+    if fraction > 0 and n == 0:
+        warnings.warn("all pairs have the same prompt, so none are held out", stacklevel=2)
+    order = torch.randperm(len(prompts), generator=generator).tolist()
+    held_out = {prompts[i] for i in order[:n]}
+    sides = [], []
+    for row in rows:
+        sides[tuple(row.prompt) in held_out].append(row)
+    return sides
 
 
 def batches(rows, batch_size, generator):
-    """Batches of indices, epoch after epoch, each in an order drawn anew; one of them may be short.
-    Rows of similar length share a batch, so that little is padded."""
+    """Endless batches of indices, (batch_size,). Every epoch is shuffled anew, and what is left
+    over at its end starts the next. Within a batch, rows of similar length are neighbours.
+    """
     lengths = torch.tensor([sum(map(len, row)) for row in rows])
+    left = torch.empty(0, dtype=torch.long)
     while True:
-        epoch = []
-        for pool in torch.randperm(len(rows), generator=generator).split(16 * batch_size):
-            epoch += pool[lengths[pool].argsort(stable=True)].split(batch_size)
-        for i in torch.randperm(len(epoch), generator=generator):
-            yield epoch[i]
+        while len(left) < batch_size:
+            left = torch.cat([left, torch.randperm(len(rows), generator=generator)])
+        batch, left = left[:batch_size], left[batch_size:]
+        yield batch[lengths[batch].argsort(stable=True)]  # so micro-batches hold little padding
+
+
+def collate(rows, pair_ids):
+    """The TokenPairs rows[i] for i in pair_ids -> (ids, mask), (R, T) each, padded on the right.
+
+    All chosen rows come first, then all rejected rows: R = 2B, or B without rejected responses.
+    `mask` is True at the tokens of the response. Attention needs no mask: it is causal, so it never
+    looks at padding on the right.
+    """
+    pairs = [rows[i] for i in pair_ids]
+    texts = [(pair.prompt, pair.chosen) for pair in pairs]
+    texts += [(pair.prompt, pair.rejected) for pair in pairs if pair.rejected]
+    start = torch.tensor([len(x) for x, _ in texts])[:, None]
+    end = torch.tensor([len(x) + len(y) for x, y in texts])[:, None]
+    T = int(end.max())
+    ids = torch.tensor([x + y + [0] * (T - len(x) - len(y)) for x, y in texts])
+    place = torch.arange(T)
+    return ids, (start <= place) & (place < end)
 
 
 # The toy world
 
-NOUNS = ["film", "hotel", "curry"]
-OPINIONS = {  # what an adjective says of a film, a hotel, a curry
-    "good": (2.0, 2.0, 2.0),
-    "dull": (-2.0, -1.0, -1.5),
-    "quiet": (-0.5, 1.5, 0.0),
-    "funny": (1.5, -0.5, -2.0),
-    "hot": (0.0, -1.5, 1.5),
-    "cheap": (-1.5, 1.0, 0.5),
+NOUNS = ["film", "hotel"]
+OPINIONS = {  # what an adjective says of a film, of a hotel
+    "good": (2.0, 2.0),
+    "dull": (-2.0, -1.0),
+    "quiet": (-0.5, 1.5),
+    "funny": (1.5, -0.5),
 }
-DEGREES = {"not": -1.0, "very": 1.5, "quite": 0.5}
+DEGREES = {"not": -1.0, "very": 1.5}
 
 
 class Drawn(NamedTuple):
-    """n preferences in the toy world: places in its prompts and answers, each (n,)."""
+    """n preferences in the toy world: indices into its prompts and responses, each (n,)."""
 
     prompt: torch.Tensor
     chosen: torch.Tensor
     rejected: torch.Tensor
-    p: torch.Tensor  # the share of endless annotators who prefer `chosen`; 1 unless soft
+    p: torch.Tensor  # P(chosen beats rejected) by Eq. 1 for soft labels, else 1
 
 
 class ToyWorld:
-    """A language of reviews so small that every answer is listed: " The film was" " not very dull".
+    """Reviews in a language so small that every response is listed: " The film was" " not dull".
 
-    Any up to K = 3 of the W words make an answer, nonsense included, so a prompt has
-    Y = 1 + W + W^2 + W^3 of them: 2,955 for W = 14, or 1,111 for size="small", W = 10. Fewer than
-    K words are followed by the end token; after the K-th word the answer is over without one.
+    Up to K = 3 of the W = 10 words make a response, nonsense included, so each of the P = 2 prompts
+    has Y = 1 + 10 + 100 + 1000 = 1,111. A response of fewer than K words ends in the end token; one
+    of K words does not.
 
-    prompts: P texts; answers: Y texts; prompt_ids, answer_ids: their tokens; grammatical (Y,): what
-    the corpus says but for its slips; rewards: the true r*, (P, Y) float64. The world is fixed;
-    what is drawn in it comes from a torch.Generator.
+    prompts: P texts; responses: Y texts; prompt_ids, response_ids: their tokens; grammatical (Y,):
+    True for sentences of the corpus without slips; rewards: the true r*, (P, Y) float64. The world
+    is fixed. What is drawn from it takes a torch.Generator.
     """
 
     K = 3
 
-    def __init__(self, size="default"):
-        nouns, opinions, degrees = {"default": (3, 6, 3), "small": (2, 4, 2)}[size]
-        self.opinions, self.degrees = list(OPINIONS)[:opinions], list(DEGREES)[:degrees]
-        words = ["The", "was", *NOUNS[:nouns], *self.opinions, *self.degrees]
-        self.tokenizer = WordEncoding(words)
-        self.W = self.tokenizer.eot_token  # token ids 0 .. W-1 are words, W is the end
-        self.prompts = [f" The {noun} was" for noun in NOUNS[:nouns]]
+    def __init__(self):
+        words = ["The", "was", *NOUNS, *OPINIONS, *DEGREES]
+        self.W = len(words)  # token ids 0 .. W-1 are words, W is the end token
+        ranks, end = {f" {word}".encode(): rank for rank, word in enumerate(words)}, {END: self.W}
+        self.tokenizer = tiktoken.Encoding(  # a token is a word with the space before it
+            "toy", pat_str=r" \S+", mergeable_ranks=ranks, special_tokens=end
+        )
+        self.prompts = [f" The {noun} was" for noun in NOUNS]
         self.prompt_ids = torch.tensor([self.tokenizer.encode_ordinary(x) for x in self.prompts])
         listed = [y for n in range(self.K + 1) for y in itertools.product(range(self.W), repeat=n)]
-        self.answers = [self.tokenizer.decode(y) for y in listed]
-        self.answer_ids = [[*y, self.W][: self.K] for y in listed]
-        grammar = f"( not)?( {'| '.join(self.degrees[1:])})?( {'| '.join(self.opinions)})"
-        self.grammatical = torch.tensor([bool(re.fullmatch(grammar, y)) for y in self.answers])
-        rewards = [[self.reward(x, y) for y in self.answers] for x in self.prompts]
+        self.responses = [self.tokenizer.decode(y) for y in listed]
+        self.response_ids = [[*y, self.W][: self.K] for y in listed]
+        grammar = f"( not)?( very)?( {'| '.join(OPINIONS)})"
+        self.grammatical = torch.tensor([bool(re.fullmatch(grammar, y)) for y in self.responses])
+        rewards = [[self.reward(x, y) for y in self.responses] for x in self.prompts]
         self.rewards = torch.tensor(rewards, dtype=torch.float64)
 
-    def reward(self, prompt, answer):
-        """r*(x, y): the mean of its opinions, so that length does not decide; 0 without any. Each
-        is turned by the degrees before it and depends on the noun: no sum over words gives that.
+    def reward(self, prompt, response):
+        """r*(x, y): the mean of the opinions in y, so that length does not decide; 0 without any.
+
+        The degrees before an opinion multiply it, and what it is worth depends on the noun, so r*
+        is not a sum over words.
         """
         noun = NOUNS.index(prompt.split()[1])
         opinions, degree = [], 1.0
-        for word in answer.split():
+        for word in response.split():
             if word in OPINIONS:
                 opinions.append(degree * OPINIONS[word][noun])
             degree = degree * DEGREES[word] if word in DEGREES else 1.0
         return sum(opinions) / max(len(opinions), 1)
 
     def corpus(self, generator, n=20_000, slip=0.2):
-        """n sentences to teach the reference, TokenPairs with no second answer. Grammatical,
-        [not] [very | quite] opinion, but for the share `slip` of tokens drawn from all W + 1: with
-        no slips the reference would cover too little of its space for Eq. 7 to find the optimum.
+        """n sentences for SFT, as TokenPairs without a rejected response: [not] [very] opinion.
+        A fraction `slip` of the tokens is replaced by any of the W + 1. Without slips the reference
+        would cover too little of its space for Eq. 7 to find the optimum.
         """
-        sentences = itertools.compress(self.answer_ids, self.grammatical)
+        sentences = itertools.compress(self.response_ids, self.grammatical)
         sentences = torch.tensor([(ids + [self.W] * self.K)[: self.K] for ids in sentences])
         tokens = sentences[torch.randint(len(sentences), (n,), generator=generator)]
         slips = torch.rand(n, self.K, generator=generator) < slip
         slip_to = torch.randint(self.W + 1, (n, self.K), generator=generator)
         tokens = torch.where(slips, slip_to, tokens).tolist()
-        answers = [y[: (y + [self.W]).index(self.W) + 1] for y in tokens]  # what an end closes
+        responses = [y[: (y + [self.W]).index(self.W) + 1] for y in tokens]  # cut after the end
         prompts = itertools.cycle(self.prompt_ids.tolist())
-        return [TokenPair(x, y, []) for x, y in zip(prompts, answers)]
+        return [TokenPair(x, y, []) for x, y in zip(prompts, responses)]
 
     def draw_pairs(self, logps, n, labels, generator):
-        """n preferences between two answers drawn from the policy with these logps (P, Y).
+        """n preferences between two responses drawn from the policy with these logps (P, Y).
 
         labels: "hard" draws the winner by Bradley-Terry (Eq. 1) on r*; "soft" keeps that
-        probability p; "deterministic" lets the higher reward win. Equal answers are kept.
+        probability as p; "deterministic" lets the higher reward win. Equal responses are kept.
         """
         prompt = torch.randint(len(self.prompts), (n,), generator=generator)
         both = logps.exp().multinomial(2 * n, replacement=True, generator=generator)  # (P, 2n)
         first, second = both.view(-1, 2, n)[prompt, :, torch.arange(n)].T
-        margins = self.rewards[prompt, first] - self.rewards[prompt, second]
-        p = torch.sigmoid(margins)  # (1)
+        rewards = self.rewards[prompt, first], self.rewards[prompt, second]
+        p = dpo.bradley_terry(*rewards)  # (1)
         coin = torch.rand(n, generator=generator)
-        flip = {"hard": coin > p, "soft": coin > 1, "deterministic": margins < 0}[labels]
-        chosen, rejected = torch.where(flip, second, first), torch.where(flip, first, second)
+        first_wins = {"hard": coin <= p, "soft": coin <= 1, "deterministic": p >= 0.5}[labels]
+        chosen = torch.where(first_wins, first, second)
+        rejected = torch.where(first_wins, second, first)
         return Drawn(prompt, chosen, rejected, p if labels == "soft" else torch.ones_like(p))
 
     def rows(self, drawn):
-        """What was drawn, as a list of TokenPair."""
-        prompts, answers = self.prompt_ids.tolist(), self.answer_ids
+        """Drawn preferences as a list of TokenPair."""
+        prompts, responses = self.prompt_ids.tolist(), self.response_ids
         places = zip(*(column.tolist() for column in drawn[:3]))
-        return [TokenPair(prompts[x], answers[y], answers[z]) for x, y, z in places]
+        return [TokenPair(prompts[x], responses[w], responses[l]) for x, w, l in places]
 
     @torch.no_grad()
     def logps(self, model):
-        """log pi(y|x) of every answer to every prompt under the model: (P, Y) float64, exactly.
+        """log pi(y|x) of every response to every prompt under the model: (P, Y) float64, exactly.
 
-        Only the W^(K-1) longest prefixes are fed: causality gives the shorter ones on the way.
+        Only the W^(K-1) longest prefixes are fed: being causal, they hold the shorter ones.
         """
         K, W, P = self.K, self.W, len(self.prompts)
         prefixes = torch.tensor(list(itertools.product(range(W), repeat=K - 1)))
@@ -341,8 +320,31 @@ class ToyWorld:
         logits = model(ids)[:, -K:].cpu()  # from the last prompt token on
         logps = logits.double().log_softmax(-1).unflatten(0, (P, -1))  # (P, W^(K-1), K, W + 1)
         so_far, listed = torch.zeros(P, 1, dtype=torch.float64), []
-        for k in range(K):  # so_far (P, W^k): log-probs of the k-word beginnings
+        for k in range(K):  # so_far (P, W^k): log-probs of the first k words
             longer = so_far[..., None] + logps[:, :: W ** (K - 1 - k), k]  # (P, W^k, W + 1)
-            listed.append(longer[..., W])  # the end: an answer of k words
+            listed.append(longer[..., W])  # the end token: a response of k words
             so_far = longer[..., :W].flatten(1)
-        return torch.cat([*listed, so_far], 1)  # K words: over without an end
+        return torch.cat([*listed, so_far], 1)  # K words: complete without an end token
+
+    def measure(self, logps, ref_logps, beta, prompts=slice(None)):
+        """The exact numbers of a policy, means over `prompts`: two (P, Y) -> a dict of floats.
+
+        expected_reward: E[r*]. kl: KL(pi || pi_ref) in nats. objective: J of Eq. 3. kl_to_optimum:
+        KL(pi || pi*), with pi* of Eq. 4. gap_closed: 1 - kl_to_optimum / KL(pi_ref || pi*), which
+        is also the fraction of J(pi*) - J(pi_ref) that the policy has gained.
+        """
+        logps, ref_logps, rewards = logps[prompts], ref_logps[prompts], self.rewards[prompts]
+        best, _ = dpo.optimal_policy(ref_logps, rewards, beta)
+        row = {
+            "expected_reward": (logps.exp() * rewards).sum(-1),
+            "kl": dpo.kl_divergence(logps, ref_logps),
+            "objective": dpo.rlhf_objective(logps, ref_logps, rewards, beta),
+            "kl_to_optimum": dpo.kl_divergence(logps, best),
+        }
+        row = {name: column.mean().item() for name, column in row.items()}
+        gap = dpo.kl_divergence(ref_logps, best).mean().item()
+        return row | {"gap_closed": 1 - row["kl_to_optimum"] / max(gap, 1e-12)}
+
+
+if __name__ == "__main__":
+    show(*sys.argv[1:])

@@ -50,7 +50,7 @@ MISTAKES = {  # what Eq. 7 gives on these pairs when one thing is wrong
     "the log is missing": [WEIGHTS[0] - 1, WEIGHTS[1] - 1],
 }
 
-# A space small enough to list: 2 prompts, and to each the 27 answers of 3 tokens out of 3.
+# A space small enough to list: 2 prompts, and to each the 27 responses of 3 tokens out of 3.
 random = torch.Generator().manual_seed(1)
 REF = torch.randn(2, 27, generator=random, dtype=f64).log_softmax(-1)
 REWARDS = torch.randn(2, 27, generator=random, dtype=f64)
@@ -59,7 +59,7 @@ Z = (REF.exp() * (REWARDS / BETA).exp()).sum(-1)  # Eq. 4 written out, (2,)
 BEST = (REF.exp() * (REWARDS / BETA).exp() / Z[:, None]).log()
 REFS, ALL_REWARDS, BESTS = (x.expand_as(POLICIES) for x in (REF, REWARDS, BEST))
 F_OF_X = torch.tensor([[7.0], [-4.0]], dtype=f64)  # any number for each prompt
-I, J = torch.triu_indices(27, 27, offset=1)  # every pair of answers
+I, J = torch.triu_indices(27, 27, offset=1)  # every pair of responses
 LABELS = REWARDS[:, I].exp() / (REWARDS[:, I].exp() + REWARDS[:, J].exp())  # Eq. 1, (2, 351)
 ENTROPY = -(LABELS * LABELS.log() + (1 - LABELS) * (1 - LABELS).log()).mean()
 RANKINGS = torch.tensor(list(itertools.permutations(range(4))))
@@ -83,7 +83,7 @@ def expect(got, expected, why, tolerance=1e-12, mistakes=None):
 
 
 def by_eq18(rewards):
-    """P(each ranking) of M answers by Eq. 18, factor by factor: (M! rankings, M) -> (M!,)."""
+    """P(each ranking) of M responses by Eq. 18, factor by factor: (M! rankings, M) -> (M!,)."""
     e = rewards.exp()
     return torch.stack([e[:, k] / e[:, k:].sum(-1) for k in range(e.shape[1])]).prod(0)
 
@@ -155,7 +155,7 @@ def test_section3_objective_is_the_expected_ppo_reward():
     pi = POLICIES.exp()
     J = (pi * REWARDS).sum(-1) - BETA * (pi * (POLICIES - REFS)).sum(-1)
     got = dpo.rlhf_objective(POLICIES, REFS, ALL_REWARDS, BETA)
-    expect(got, J, "Eq. 3: E_pi[r] - beta KL(pi || pi_ref), a sum over all answers")
+    expect(got, J, "Eq. 3: E_pi[r] - beta KL(pi || pi_ref), a sum over all responses")
     mean = (pi * (REWARDS - dpo.implicit_reward(POLICIES, REFS, BETA))).sum(-1)
     expect(mean, J, "section 3: the mean of r - r-hat, with r-hat of Eq. 5, is J of Eq. 3")
 
@@ -240,7 +240,7 @@ def test_eq7_population_minimum_is_the_optimum_of_eq4(start):
 
         return on_all_pairs(loss)
 
-    why = "Eq. 7: descent with endless pairs ends at pi* of Eq. 4, if loss and gradient are right"
+    why = "Eq. 7: descent on infinitely many pairs ends at pi* of Eq. 4, if loss and slope fit"
     expect(descend(loss_of, start), BEST, why, 1e-8)
     expect(loss_of(BEST), ENTROPY, "Eq. 7: its minimum is the entropy of the labels")
 
@@ -284,7 +284,7 @@ def test_gradient_by_hand():
     up, down = ([sign * BETA * weight for weight in WEIGHTS] for sign in (-1, 1))
     mistakes = {
         "the weight is sigma(r_w - r_l), A.4's misprint": [-BETA * (1 - w) for w in WEIGHTS],
-        "the sign is inverted: descent must raise the chosen answer": down,
+        "the sign is inverted: descent must raise the chosen response": down,
         "beta is missing": [-weight for weight in WEIGHTS],
     }
     why = "section 4: d loss / d log pi(y_w) = -beta sigma(r_l - r_w)"
@@ -338,13 +338,17 @@ def gpt(seed):
 def test_gradient_through_a_gpt():  # all its parameters
     policy, reference = gpt(0), gpt(1)
     rows = [data.TokenPair([3, 1], [2, 4, 0], [1, 0]), data.TokenPair([2], [0], [4, 3, 3, 0])]
-    batch = data.collate(rows, [0, 1])
+    ids, mask = data.collate(rows, [0, 1])
+
+    def logps_of(model):
+        return dpo.response_logps(model, ids, mask).chunk(2)  # chosen, rejected
+
     with torch.no_grad():
-        ref = dpo.response_logps(reference, batch)
-    logps = dpo.response_logps(policy, batch)
+        ref = logps_of(reference)
+    logps = logps_of(policy)
     by_hand = dpo.dpo_gradient(*(x.detach() for x in logps), *ref, BETA)
     wanted = torch.autograd.grad(logps, list(policy.parameters()), by_hand)
-    dpo.dpo_loss(*dpo.response_logps(policy, batch), *ref, BETA).losses.sum().backward()
+    dpo.dpo_loss(*logps_of(policy), *ref, BETA).losses.sum().backward()
     why = "section 4: autograd of dpo_loss (got), dpo_gradient times grad log pi (expected), in "
     for (name, parameter), gradient in zip(policy.named_parameters(), wanted):
         expect(parameter.grad, gradient, why + name, 1e-10)
@@ -403,7 +407,7 @@ def test_proposition1_breaks_for_an_answer_in_no_pair():
     moved = torch.cat([pi[:26] * (1 - pi[26] / 2) / (1 - pi[26]), pi[26:] / 2]).log()  # half of 26
     w, l = I[J < 26], J[J < 26]
     losses = [dpo.dpo_loss(x[w], x[l], ref[w], ref[l], BETA).losses for x in (pi.log(), moved)]
-    expect(losses[1], losses[0], "Eq. 7 says nothing about an answer that no pair mentions")
+    expect(losses[1], losses[0], "Eq. 7 says nothing about a response that no pair mentions")
     never = REF.masked_fill(torch.arange(27) == 26, -torch.inf)  # pi_ref = 0: for ever
     best = dpo.optimal_policy(never, REWARDS + 99 * (torch.arange(27) == 26), BETA)[0]
     assert (best[:, 26] == -torch.inf).all(), "Eq. 4: where pi_ref is 0 so is every optimal policy"
@@ -461,10 +465,10 @@ def test_eq18_plackett_luce():
     by_hand = a / (a + b + c + d) * b / (b + c + d) * c / (c + d)
     upwards = d / (a + b + c + d) * c / (a + b + c) * b / (a + b)
     wrong = {"it is read worst first, or the sum runs over j <= k": upwards}
-    wrong["every factor divides by the sum over all answers"] = a * b * c * d / (a + b + c + d) ** 4
+    wrong["every factor divides by the sum over all"] = a * b * c * d / (a + b + c + d) ** 4
     why = "Eq. 18: best first, and the k-th factor's sum runs over j >= k"
     expect(p[0], by_hand, why, mistakes=wrong)
-    expect(p.sum(), 1.0, "Eq. 18: the 24 rankings of 4 answers are all there is")
+    expect(p.sum(), 1.0, "Eq. 18: the 24 rankings of 4 responses are all there is")
 
 
 def test_eq19_rankings_from_the_optimal_policy():
@@ -479,14 +483,14 @@ def test_eq20_of_two_answers_is_eq7():
     expect(losses, LOSSES, "Eq. 20 with K = 2, best first, is Eq. 7", mistakes=MISTAKES)
 
 
-def test_eq20_minimum_is_the_optimum_of_eq4():  # over all rankings of 4 answers
+def test_eq20_minimum_is_the_optimum_of_eq4():  # over all rankings of 4 responses
     p = by_eq18(REWARDS[0, RANKINGS])
     ref, best = REF[0, :4].log_softmax(-1), BEST[0, :4].log_softmax(-1)
 
     def loss_of(pi):
         return (p * dpo.plackett_luce_loss(pi[RANKINGS], ref[RANKINGS], BETA)).sum()
 
-    why = "Eq. 20: with endless rankings its minimum is pi* of Eq. 4"
+    why = "Eq. 20: with infinitely many rankings its minimum is pi* of Eq. 4"
     expect(descend(loss_of, POLICIES[0, 0, :4]), best, why, 1e-8)
 
 

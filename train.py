@@ -1,395 +1,400 @@
-"""SFT, the reference's log-probs once, DPO, and what is measured and saved on the way.
+"""SFT, the reference, DPO: the paper's pipeline, from top to bottom in `main`.
 
     python train.py                      the toy world, whose exact optimum is known
     python train.py --data pairs.jsonl   your own preference pairs
-    python train.py --resume             go on with the run in out/
+    python train.py --resume             continue the run in out/ after Ctrl-C or a crash
+    torchrun --nproc_per_node=2 train.py --data pairs.jsonl
 
-Departs from the paper: AdamW and a linear decay (--optimizer rmsprop --no-decay undo that), clipped
-gradients, other steps (the paper's: --lr 1e-6 --batch-size 64 --warmup-steps 150).
+Departures from the paper: AdamW and a linear decay (--optimizer rmsprop --no-decay undo both),
+clipped gradients, and other step sizes (the paper's: --lr 1e-6 --batch-size 64 --warmup-steps 150).
+Shapes: n pairs in all, B in a step of this process, b in a micro-batch. Log-probs are in nats.
 """
 
-import ctypes
+import argparse
+import inspect
 import json
 import math
 import os
-import platform
+import runpy
 import sys
 import time
 import warnings
 import zlib
-from contextlib import nullcontext
-from dataclasses import asdict, replace
-from itertools import islice
+from functools import partial
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import distributed
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 import dpo
-from cli import Config, call_loss, check_finite, ctrl_c, describe_step, load_loss, means, measure
-from cli import parse_args, plot, progress, refuse, report, samples, show
 from model import GPT, GPTConfig, load, save, save_json
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun says which process this is
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # and of how many
-NO_MEMORY = "MemoryError", "out of memory", "can't allocate memory"
-ADAM_BETAS = 0.9, 0.95  # GPT-3's: with torch's own 0.999 some runs stay on a plateau, at 80%
+REAL = dict(  # the defaults with --data; the toy world's are in parse_args
+    block_size=1024, n_layer=4, n_head=4, n_embd=128, beta=None, sft_epochs=6.0, sft_lr=2e-3,
+    epochs=4.0, lr=5e-4, warmup_steps=10, batch_size=32, micro_batch_size=8, eval_every=20,
+    save_every=100,
+)  # fmt: skip
+OPTIMIZERS = {  # the betas are GPT-3's: with torch's 0.999 some toy runs stay on a plateau
+    "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    "rmsprop": torch.optim.RMSprop,  # the paper's
+}
+TORCHRUN = os.environ.get("RANK") and os.environ.get("WORLD_SIZE")
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # which process this is
+PROCESSES = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1  # number of processes
 
 
 def main(argv=None):
-    """Run it all; returns what summary.json holds. A user's mistake: one line, exit status 2."""
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    try:
-        return run(parse_args(argv))
-    except (data.InputError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if not any(text in repr(error) for text in NO_MEMORY):
-            raise
-        hint = "make the model, --micro-batch-size or --pairs smaller"
-        print(f"train.py: out of memory: {hint}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ntrain.py: interrupted; the same command with --resume goes on", file=sys.stderr)
-        sys.exit(130)
-
-
-def run(config: Config):
-    start = time.time()
-    keep_freed_memory()
-    if PROCESSES > 1:
-        join_processes(config)
-    torch.manual_seed(config.seed)
-    task = RealTask(config) if config.data else ToyTask(config)
-    model = build_model(config, task.tokenizer)
-    if config.compile:
+    """Train as the flags say. Returns what summary.json holds."""
+    args, start = parse_args(argv), time.perf_counter()
+    device, out = set_up(args), Path(args.out)
+    loss = load_loss(args)  # dpo.dpo_loss, Eq. 7, unless --loss
+    beta = args.beta or 0.1  # for the logged rewards
+    world = None if args.data else data.ToyWorld()
+    rows, held_out, soft = [], [], None
+    tokenizer = world.tokenizer if world else data.get_tokenizer(args.tokenizer)
+    pairs = data.load_pairs(args.data) if args.data else []
+    model = build_model(args, tokenizer).to(device)
+    generator = torch.Generator().manual_seed(args.seed)
+    if world:
+        corpus = world.corpus(generator)
+    else:
+        rows = data.encode_pairs(pairs, tokenizer, min(args.block_size, model.config.n_positions))
+        rows, held_out = data.split(rows, args.held_out, generator)
+        corpus = [row._replace(rejected=[]) for row in rows]
+    claim(out, args, rows + held_out)
+    if args.compile:
         model.compile(dynamic=True)
-    if config.show:
-        return show(task, model, config.show)
-    out = begin(config, mark_of_run(task, config))
-    print(*(f"{key}={value}" for key, value in asdict(config).items() if value is not None))
+    net = torch.nn.parallel.DistributedDataParallel(model) if PROCESSES > 1 else model
 
-    if config.resume and (out / "reference" / "config.json").exists():
+    # SFT: maximise log pi(y|x) of the corpus or, with --data, of the chosen responses
+    if args.resume and (out / "reference" / "config.json").exists():
         model.load_state_dict(GPT.from_pretrained(out / "reference").state_dict())
     else:
-        train_sft(model, task.sft_rows, config)
+        optimizer = OPTIMIZERS[args.optimizer](model.parameters())
+        for step, steps, lr, ids in schedule(corpus, args.sft_epochs, args.sft_lr, args):
+            losses, _, norms = update(net, optimizer, lr, args, corpus, ids, lambda y: -y)
+            metrics = means({"loss": losses} | norms)
+            progress(f"SFT {step}/{steps}  loss {metrics['loss']:.3f} nats", step == steps)
         if RANK == 0:
             model.save_pretrained(out / "reference")
-    task.use_reference(model)  # the toy's pairs are drawn from it
-    mark, path = mark_of_run(task, config), out / "reference_logps.pt"
-    saved = saved_by_run(path, config, mark)
-    ref_logps = all_logps(model, task.rows, config) if not saved else saved["logps"]
-    ref_logps = ref_logps.to(model.device)  # once; from here on only the policy is in memory
-    if RANK == 0:
-        save({"mark": mark, "logps": ref_logps}, path)
-    results = {"reference": task.evaluate(model)}
-    before = samples(model, task, config.seed)
-    history = train_dpo(model, task, ref_logps, config, mark)
-    name = config.loss if config.loss in dpo.LOSSES else "policy"
-    results[name] = task.evaluate(model)
-    results |= {} if config.data else {"optimum": task.exact(task.best)}
 
-    summary = {"config": asdict(config), "seconds": round(time.time() - start, 1)}
-    summary |= {"gap_closed": results[name].get("gap_closed"), "rows": results}
+    # The reference: the model after SFT. It never changes, so its log-probs are computed once, here
+    if world:
+        table = world.logps(model)  # log pi_ref of every response
+        generator = torch.Generator().manual_seed(args.seed + 1)
+        drawn = world.draw_pairs(table, args.pairs, args.labels, generator)
+        rows = world.rows(drawn)
+        soft = drawn.p.float().to(device) if args.labels == "soft" else None
+    ref_logps, held_out_ref = all_logps(model, rows, args), all_logps(model, held_out, args)
+
+    def evaluate():
+        if world:
+            row = world.measure(world.logps(model), table, beta)
+            if args.labels == "deterministic":  # Eq. 7 then has no optimum, and no gap to it
+                del row["gap_closed"]
+            return row
+        metrics = dpo.describe(*all_logps(model, held_out, args), *held_out_ref, beta=beta)
+        names = "loss", "accuracy", "margin", "chosen_logp", "rejected_logp"
+        return means({f"held_out_{name}": metrics[name] for name in names}) if held_out else {}
+
+    results = {"reference": evaluate()}
+    before = [model.complete(row.prompt, tokenizer) for row in held_out[:2]]
+
+    # DPO: it starts at the reference, where every DPO loss is -log sigma(0) = log 2 = 0.6931
+    optimizer = OPTIMIZERS[args.optimizer](model.parameters())
+    done, history = 0, [{"step": 0} | results["reference"]]
+    if args.resume and (out / "checkpoint.pt").exists():
+        state = load(out / "checkpoint.pt")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        done, history = state["step"], state["history"]
+    elif args.loss == "dpo":
+        print("The policy starts as the reference, so the first DPO loss is log 2 = 0.6931")
+    began = time.perf_counter()
+    for step, steps, lr, ids in schedule(rows, args.epochs, args.lr, args, done):
+        losses, logps, norms = update(net, optimizer, lr, args, rows, ids, loss, ref_logps, soft)
+        metrics = dpo.describe(*logps, *ref_logps[:, ids], beta=beta) | {"loss": losses}
+        metrics = {"step": step, "lr": lr} | means(metrics | norms)
+        evaluates, saves = step % args.eval_every == 0 or step == steps, step % args.save_every == 0
+        metrics |= evaluate() if evaluates else {}
+        history.append(metrics)
+        left = (steps - step) * (time.perf_counter() - began) / (step - done)
+        shown = "loss", "margin", "weight", "gap_closed", "held_out_accuracy"
+        line = "  ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)
+        progress(f"DPO {step}/{steps}  {line}  {left:.0f} s left", step == 1 or evaluates)
+        if RANK == 0 and (evaluates or saves):
+            (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, history)) + "\n")
+        if RANK == 0 and saves:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            save({"step": step, "history": history} | state, out / "checkpoint.pt")
+    results["policy"], tables = evaluate(), []
+    if world:
+        best, _ = dpo.optimal_policy(table, world.rewards, beta)
+        results["optimum"] = world.measure(best, table, beta)
+        tables = table, world.logps(model), best
+    for row, text in zip(held_out, before):
+        after = model.complete(row.prompt, tokenizer)
+        print(f"\n{tokenizer.decode(row.prompt)}\nbefore DPO: {text}\nafter DPO: {after}")
+    summary = {"config": vars(args), "seconds": round(time.perf_counter() - start, 1)}
+    summary |= {"gap_closed": results["policy"].get("gap_closed"), "rows": results}
+    report(summary, world, tables)
     if RANK == 0:
         model.save_pretrained(out / "policy")
+        plot(history, out / "curves.png")
         save_json(summary, out / "summary.json")
-        plot(history, results, out / "curves.png")
-    report(summary, before, samples(model, task, config.seed))
     if PROCESSES > 1:
         distributed.destroy_process_group()
     return summary
 
 
-def join_processes(config):
-    """torchrun has started several: each will take its slice of every batch, the first writes."""
-    if config.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if config.device == "cuda" else "gloo")
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
-
-
-def begin(config, mark):
-    """The folder --out: with --resume as that run left it, else without what one resumes from."""
-    out = Path(config.out)
-    settings = out / "config.json"
-    if config.resume and json.loads(settings.read_text()).get("mark") != mark:
-        refuse(f"--resume: the pairs or the loss are not those of the run in {out}")
-    if RANK == 0 and not config.resume:
-        begun, ended = out / "reference" / "config.json", out / "summary.json"
-        unfinished = begun.exists() and not ended.exists()
-        if unfinished and '"data": ""' not in settings.read_text():  # of a user's own pairs
-            refuse(f"{out} holds a run that is not finished: add --resume, or remove it")
-        out.mkdir(parents=True, exist_ok=True)
-        old = "reference/config.json reference_logps.pt checkpoint.pt policy/config.json curves.png"
-        for name in [*old.split(), "summary.json"]:
-            (out / name).unlink(missing_ok=True)
-        save_json(asdict(config) | {"mark": mark}, settings)
-    return out
-
-
-def mark_of_run(task, config):
-    """A number that tells this run's files from those of other settings, pairs or loss."""
-    settings = asdict(replace(config, resume=False, out="", device=""))
-    path = Path(config.loss.rpartition(":")[0])
-    loss = path.read_bytes() if config.loss not in dpo.LOSSES else ""
-    return zlib.crc32(repr((settings, loss, task.rows, task.held_out)).encode())
-
-
-def saved_by_run(path, config, mark):
-    """What this very run has saved there; None without --resume, or where it had not yet."""
-    if not (config.resume and path.exists()):
-        return None
-    saved = load(path)
-    if not isinstance(saved, dict) or saved.get("mark") != mark:
-        refuse(f"--resume: {path} is not of this run: settings, pairs or the loss are others")
-    return saved
-
-
-class ToyTask:
-    """The toy world: pairs drawn from the reference, and everything evaluated exactly."""
-
-    def __init__(self, config):
-        self.config = config
-        self.world = world = data.ToyWorld(config.world)
-        self.tokenizer = world.tokenizer
-        self.generator = torch.Generator().manual_seed(config.seed)
-        self.sft_rows = world.corpus(self.generator)
-        self.prompts, self.max_answer, self.temperature = world.prompt_ids.tolist(), world.K, 1.0
-        self.rows = self.held_out = ()  # as long as there is no reference to draw them from
-
-    def use_reference(self, reference):
-        """Draw the pairs from it, and work out the optimum that lies behind their labels. Eq. 4."""
-        config, world = self.config, self.world
-        self.ref = world.logps(reference)
-        drawn = world.draw_pairs(self.ref, config.pairs, config.labels, self.generator)
-        self.rows, self.p = world.rows(drawn), drawn.p.float()
-        n = math.ceil(config.held_out * config.pairs)
-        self.held_out = world.draw_pairs(self.ref, n, config.labels, self.generator)
-        self.best, _ = dpo.optimal_policy(self.ref, world.rewards, config.beta)
-        self.gap = dpo.kl_divergence(self.ref, self.best).mean().item()
-
-    def evaluate(self, model):
-        return self.exact(self.world.logps(model))
-
-    def exact(self, logps):
-        """Means over prompts of sums over every answer; only the last is of the held-out pairs."""
-        prompt, chosen, rejected, p = self.held_out
-        rewards = dpo.implicit_reward(logps, self.ref, self.config.beta)
-        won = dpo.accuracy(rewards[prompt, chosen] - rewards[prompt, rejected])
-        row = means({
-            "expected_reward": (logps.exp() * self.world.rewards).sum(-1),
-            "kl_to_reference": dpo.kl_divergence(logps, self.ref),
-            "objective": dpo.rlhf_objective(logps, self.ref, self.world.rewards, self.config.beta),
-            "kl_to_optimum": dpo.kl_divergence(logps, self.best),
-            "pair_accuracy": p * won + (1 - p) * (1 - won),
-        })  # fmt: skip
-        if self.config.labels != "deterministic" and self.gap > 1e-9:  # else no optimum, no gap
-            row["gap_closed"] = 1 - row["kl_to_optimum"] / self.gap  # 0: reference, 1: pi* of Eq. 4
-        return row
-
-
-class RealTask:
-    """Pairs from a file, a share of them held out; of the truth nothing is known but those."""
-
-    def __init__(self, config):
-        self.config = config
-        pairs = data.load_pairs(config.data)
-        self.tokenizer = data.get_tokenizer(config.tokenizer)
-        rows = data.encode_pairs(pairs, self.tokenizer, config.block_size)
-        held_out = math.ceil(config.held_out * len(rows))
-        if held_out >= len(rows):
-            refuse(f"{config.data}: {held_out} of {len(rows)} pairs are held out, none is left")
-        generator = torch.Generator().manual_seed(config.seed)
-        rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
-        self.held_out, self.rows = rows[:held_out], rows[held_out:]
-        self.sft_rows = [row._replace(rejected=[]) for row in self.rows]  # plain sequences
-        self.prompts = [row.prompt for row in self.held_out[:2]]
-        self.max_answer, self.temperature = 100, 0
-
-    def use_reference(self, reference):
-        self.ref = all_logps(reference, self.held_out, self.config)
-        raw = dpo.accuracy(self.ref[0] - self.ref[1]).mean().item()
-        n = f"{len(self.rows)} pairs to train on, {len(self.held_out)} held out"
-        print(f"{n}; the reference's raw log-prob prefers the chosen answer in {raw:.1%} of those")
-
-    def evaluate(self, model):
-        logps = all_logps(model, self.held_out, self.config)
-        metrics = means(dpo.describe(*logps, *self.ref, beta=self.config.beta))
-        wanted = "loss", "accuracy", "margin", "chosen_logp", "rejected_logp"
-        return {f"held_out_{key}": metrics[key] for key in wanted}
-
-
-def train_sft(model, rows, config):
-    """Maximise log pi(y|x) of the corpus: section 4's reference where no SFT model is given."""
-    training = updates(model, rows, lambda y, *_: -y, config, config.sft_epochs, config.sft_lr)
-    for step, steps, record, _ in training:
-        if step % config.log_every == 0 or step == steps:
-            loss = record["loss"].mean().item()
-            progress(f"SFT {step}/{steps}  loss {loss:.3f} nats an answer", step == steps)
-
-
-def train_dpo(model, task, ref_logps, config, mark=None):
-    """Minimise Eq. 7 or another loss; returns what was measured: step 0, then metrics.jsonl."""
-    loss = load_loss(config.loss)
-    lengths = torch.tensor([[len(row.chosen), len(row.rejected)] for row in task.rows])
-    lengths = lengths.T.to(model.device)  # (2, n)
-
-    def losses_of(chosen, rejected, pair_ids):
-        args = torch.stack([chosen, rejected]), ref_logps[:, pair_ids], lengths[:, pair_ids]
-        losses = call_loss(loss, config, *args)
-        if config.labels != "soft":
-            return losses
-        swapped = call_loss(loss, config, *(arg.flip(0) for arg in args))
-        p = task.p.to(model.device)[pair_ids]  # of endless annotators, the share that says chosen
-        return p * losses + (1 - p) * swapped
-
-    path, done = Path(config.out) / "checkpoint.pt", 0
-    history, start, seen = [{"step": 0} | task.evaluate(model)], time.time(), 0
-    if saved := saved_by_run(path, config, mark):
-        done, history = saved["step"], saved["history"]
-        print(f"going on after step {done}")
-    elif config.loss == "dpo":
-        print("DPO starts where the policy is the reference, so its first loss is log 2 = 0.6931")
-    training = updates(model, task.rows, losses_of, config, config.epochs, config.lr, saved)
-    metrics_file = Path(config.out) / "metrics.jsonl" if RANK == 0 else os.devnull
-    with open(metrics_file, "w") as file, ctrl_c() as interrupted:
-        for line in history[1:]:
-            print(json.dumps(line), file=file, flush=True)
-        for step, steps, record, pair_ids in training:
-            seen += len(pair_ids)
-            evaluate = step % config.eval_every == 0 or step == steps
-            if evaluate or step == 1 or step % config.log_every == 0:
-                metrics = {"step": step} | measure(record, ref_logps[:, pair_ids], config.beta)
-                metrics |= {"pairs_per_second": seen / (time.time() - start)}
-                metrics |= task.evaluate(model) if evaluate else {}
-                if not all(map(math.isfinite, metrics.values())):
-                    refuse(f"step {step}: not finite; is learning rate {config.lr} too large?")
-                history.append(metrics)
-                print(json.dumps(metrics), file=file, flush=True)
-                left = (steps - step) * (time.time() - start) / (step - done)
-                progress(describe_step(metrics, steps, left), step == 1 or evaluate)
-            if 0 not in (step % config.log_every, step % config.save_every):
-                continue
-            stop = gather([torch.tensor([[len(interrupted)]])], [torch.tensor([RANK])], PROCESSES)
-            if RANK == 0 and (step % config.save_every == 0 or stop.any()):
-                state = {"model": model.state_dict(), "optimizer": record["optimizer"].state_dict()}
-                save({"mark": mark, "step": step, "history": history} | state, path)
-            if stop.any():  # all processes at one step
-                raise KeyboardInterrupt
-    return history
-
-
-def updates(model, rows, losses_of, config, epochs, peak_lr, saved=None):
-    """Train, yielding (step, steps, record, pair_ids) after each step of the optimiser, from the
-    one after `saved`. record: `loss, chosen_logp, rejected_logp, chosen_grad`, each (B,), and
-    `grad_norm, lr, optimizer`. InputError if a loss or the gradient is not finite.
-    """
-    if config.optimizer == "adamw":
-        settings = dict(betas=ADAM_BETAS, weight_decay=0.0, fused=True)
-        optimizer = torch.optim.AdamW(model.parameters(), peak_lr, **settings)
-    else:
-        optimizer = torch.optim.RMSprop(model.parameters(), peak_lr)
-    generator = torch.Generator().manual_seed(config.seed)
-    steps = math.ceil(epochs * math.ceil(len(rows) / config.batch_size))
-    warmup = max(1, min(config.warmup_steps, steps // 10))
-    done = saved["step"] if saved else 0
-    if saved:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-    net = DistributedDataParallel(model) if PROCESSES > 1 else model
-    batches = islice(data.batches(rows, config.batch_size, generator), done, None)
-    for step, pair_ids in zip(range(done + 1, steps + 1), batches):
-        lr = peak_lr * min(1, step / warmup)
-        if config.decay and step > warmup:
-            lr = peak_lr * (steps - step + 1) / (steps - warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.zero_grad()
-        record = backward(net, rows, pair_ids, losses_of, config)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        look = step in (1, steps) or 0 in (step % config.log_every, step % config.save_every)
-        if look or model.device.type == "cpu":  # elsewhere a look waits for the device
-            check_finite(step, record["loss"], grad_norm, pair_ids, peak_lr, config)
-        optimizer.step()
-        yield step, steps, record | dict(grad_norm=grad_norm, lr=lr, optimizer=optimizer), pair_ids
-
-
-def backward(net, rows, pair_ids, losses_of, config):
-    """Add up the gradient of the mean loss of these pairs, micro-batch by micro-batch. Of many
-    processes each takes its slice of each micro-batch, and net averages their gradients."""
-    records, places = [torch.zeros(4, 0, device=net.device)], []
-    micro = (config.micro_batch_size or len(pair_ids)) * PROCESSES
-    parts = torch.arange(len(pair_ids)).split(micro)
+def update(net, optimizer, lr, args, rows, ids, loss, ref_logps=None, soft=None):
+    """One optimiser step on the mean loss of the pairs `ids` (B,). soft: (n,) soft labels.
+    Returns losses (B,), log-probs (2, B) and the norms of gradient and weights."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad()
+    parts, logged = ids.split(args.micro_batch_size), []
     for part in parts:
-        idle = len(part) <= RANK  # too few pairs for all: it takes part, but what it has counts 0
-        mine = part[:1] if idle else part[RANK::PROCESSES]
-        batch = data.collate(rows, pair_ids[mine]).to(net.device)
-        more = PROCESSES > 1 and part is not parts[-1]
-        with net.no_sync() if more else nullcontext():
-            chosen, rejected = logps_of(net, batch, config)
-            chosen.retain_grad()
-            losses = losses_of(chosen, rejected, batch.pair_ids)
-            share = 0 if idle else PROCESSES / len(pair_ids)  # the last part may be short
-            (losses.sum() * share).backward()  # over all parts and processes, the mean
-        if not idle:
-            chosen_grad = chosen.grad / share  # of each pair's own loss, not of the mean
-            records.append(torch.stack([losses, chosen, rejected, chosen_grad]).detach())
-            places.append(mine)
-    record = gather(records, places, len(pair_ids))
-    return dict(zip(("loss", "chosen_logp", "rejected_logp", "chosen_grad"), record))
+        net.require_backward_grad_sync = part is parts[-1]  # DDP averages gradients once a step
+        logps, lengths = pair_logps(net, rows, part, args)  # (2, b): chosen, rejected
+        ref = () if ref_logps is None else ref_logps[:, part]
+        losses = call_loss(loss, logps, ref, lengths, args.beta)  # Eq. 7, unless --loss
+        if soft is not None:
+            swapped = call_loss(loss, logps.flip(0), ref.flip(0), lengths.flip(0), args.beta)
+            losses = soft[part] * losses + (1 - soft[part]) * swapped
+        (losses.sum() / len(ids)).backward()  # the parts add up to the gradient of the mean
+        logged.append(torch.cat([losses[None], logps]).detach())
+    grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
+    optimizer.step()
+    weight_norm = torch.nn.utils.get_total_norm([w.detach() for w in net.parameters()])
+    losses, *logps = torch.cat(logged, 1)
+    return losses, logps, {"grad_norm": grad_norm, "weight_norm": weight_norm}
 
 
-def logps_of(model, batch, config):
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-        return dpo.response_logps(model, batch)
+def call_loss(loss, policy_logps, ref_logps, lengths, beta):
+    """Losses (b,) from three (2, b). Passes `beta`, if set, and lengths if the loss names them."""
+    known = {"beta": beta, "chosen_lengths": lengths[0], "rejected_lengths": lengths[-1]}
+    named = [name for name in inspect.signature(loss).parameters if known.get(name) is not None]
+    losses = loss(*policy_logps, *ref_logps, **{name: known[name] for name in named})
+    losses = losses[0] if isinstance(losses, tuple) else losses  # such as dpo.DPOLoss
+    assert losses.shape == policy_logps[0].shape, f"not one loss for each pair: {losses}"
+    return losses
+
+
+def pair_logps(net, rows, ids, args):
+    """log pi(y|x) of the pairs `ids`, and their responses' lengths: (2, b) each; (1, b) for SFT."""
+    tokens, mask = data.collate(rows, ids.tolist())
+    with torch.autocast(net.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        logps = dpo.response_logps(net, tokens.to(net.device), mask)
+    return logps.view(-1, len(ids)), mask.sum(1).view(-1, len(ids)).to(net.device)
 
 
 @torch.no_grad()
-def all_logps(model, rows, config):
-    """log pi(y|x) of both answers of every row, in the order of rows: (2, n)."""
-    logps, mine = [torch.zeros(2, 0, device=model.device)], torch.arange(len(rows))[RANK::PROCESSES]
-    parts = mine.split(config.micro_batch_size or config.batch_size) if len(mine) else ()
-    for part in parts:
-        batch = data.collate(rows, part).to(model.device)
-        logps += [torch.stack(logps_of(model, batch, config))]
-    return gather(logps, parts, len(rows))
+def all_logps(model, rows, args):
+    """log pi(y|x) of both responses of every row: (2, n). Each process computes its own share."""
+    logps = torch.zeros(2, len(rows), device=model.device)
+    mine = torch.arange(len(rows))[RANK::PROCESSES]
+    for part in mine.split(args.micro_batch_size) if len(mine) else ():
+        logps[:, part], _ = pair_logps(model, rows, part, args)
+    if PROCESSES > 1:
+        distributed.all_reduce(logps)  # a sum: the other processes hold zeros
+    return logps
 
 
-def gather(columns, places, n):
-    """The columns that each process has, each in its place among the n of all: (k, n)."""
-    columns = torch.cat(columns, 1)
-    if PROCESSES == 1:
-        return columns
-    whole = columns.new_zeros(len(columns), n)
-    whole[:, torch.cat([*places, torch.arange(0)])] = columns
-    distributed.all_reduce(whole)
-    return whole
+def schedule(rows, epochs, peak_lr, args, done=0):
+    """Yields (step, steps, learning rate, this process's pairs) of each step after `done`.
+    The order follows from seed and number of processes, so a resumed run gets the same batches."""
+    batch_size = max(1, min(args.batch_size, len(rows)) // PROCESSES) * PROCESSES
+    steps = math.ceil(epochs * len(rows) / batch_size)
+    warmup = max(1, min(args.warmup_steps, steps // 10))
+    generator = torch.Generator().manual_seed(args.seed + 2)
+    for step, ids in zip(range(1, steps + 1), data.batches(rows, batch_size, generator)):
+        lr = peak_lr * min(1, step / warmup)
+        if args.decay and step > warmup:
+            lr = peak_lr * (steps - step + 1) / (steps - warmup)
+        if step > done:
+            yield step, steps, lr, ids[RANK::PROCESSES]
 
 
-def keep_freed_memory():
-    """glibc gives large blocks back to the kernel and in the next step asks for them anew, page by
-    page, each cleared first: a quarter of the time of a step on a CPU."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and stay there
+def build_model(args, tokenizer):
+    """The GPT that --init names, or a new one. InputError if it does not fit the tokenizer."""
+    torch.manual_seed(args.seed)
+    shape = args.block_size, args.n_embd, args.n_layer, args.n_head
+    config = GPTConfig(tokenizer.n_vocab, *shape)
+    model = GPT.from_pretrained(args.init) if args.init else GPT(config)
+    if model.config.vocab_size != tokenizer.n_vocab:
+        raise data.InputError(f"--init {args.init}: its vocabulary is not that of the tokenizer")
+    model.config.eos_token_id = tokenizer.eot_token
+    return model
 
 
-def build_model(config, tokenizer):
-    if not config.init:
-        shape = config.n_embd, config.n_layer, config.n_head
-        return GPT(GPTConfig(tokenizer.n_vocab, config.block_size, *shape)).to(config.device)
-    model = GPT.from_pretrained(config.init)
-    if model.config.vocab_size != tokenizer.n_vocab or model.config.n_positions < config.block_size:
-        refuse(f"{config.init}: {model.config}; --tokenizer or --block-size does not fit it")
-    return model.to(config.device)
+def load_loss(args):
+    """The function that --loss names. Tries it once, so that a mistake shows before SFT."""
+    path, _, name = args.loss.rpartition(":")
+    if not path and name not in dpo.LOSSES:
+        raise data.InputError(f"--loss {name}: not {', '.join(dpo.LOSSES)} or file.py:function")
+    loss = runpy.run_path(path)[name] if path else dpo.LOSSES[name]
+    logps = torch.full((2, 2), -1.0, requires_grad=True)
+    call_loss(loss, logps, logps.detach(), torch.ones(2, 2), args.beta).sum().backward()
+    return loss
+
+
+def parse_args(argv=None):
+    """The flags as a Namespace. With --resume they are those of the run in --out."""
+    epilog = f"With --data the defaults are {REAL}. A beta of None is the loss's own default."
+    form = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(None, "train.py [--data FILE] [flags]", epilog=epilog, **form)
+    add = parser.add_argument
+    add("--data", help="file of preference pairs; without it, the toy world")
+    add("--pairs", type=int, default=100_000, help="pairs drawn in the toy world")
+    add("--labels", default="hard", choices=("hard", "soft", "deterministic"), help="of toy pairs")
+    add("--held-out", type=float, default=0.1, help="fraction of the prompts in --data")
+    add("--tokenizer", help="bytes or a tiktoken name; None is gpt2 with --init, else bytes")
+    add("--init", help="start from gpt2, gpt2-medium, ... or from a folder of that form")
+    add("--block-size", type=int, default=8, help="longest prompt plus response, in tokens")
+    add("--n-layer", type=int, default=1, help="layers")
+    add("--n-head", type=int, default=2, help="attention heads")
+    add("--n-embd", type=int, default=32, help="width")
+    add("--loss", default="dpo", help=f"{', '.join(dpo.LOSSES)}, or file.py:function")
+    add("--beta", type=float, default=1.0, help="strength of the KL penalty")
+    add("--sft-epochs", type=float, default=8.0, help="epochs of SFT; 0 for none")
+    add("--sft-lr", type=float, default=1e-2, help="peak learning rate of SFT")
+    add("--epochs", type=float, default=6.0, help="epochs of DPO")
+    add("--lr", type=float, default=1e-2, help="peak learning rate of DPO")
+    add("--warmup-steps", type=int, default=150, help="at most a tenth of all steps")
+    add("--decay", action=argparse.BooleanOptionalAction, default=True, help="then decay to 0")
+    add("--batch-size", type=int, default=512, help="pairs in an optimiser step")
+    add("--micro-batch-size", type=int, default=512, help="pairs in memory at once")
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="rmsprop is the paper's")
+    add("--max-grad-norm", type=float, default=1.0, help="clip longer gradients to this norm")
+    add("--device", default="auto", help="auto is the accelerator, else cpu")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
+    add("--compile", action="store_true", help="use torch.compile")
+    add("--eval-every", type=int, default=100, help="steps between evaluations")
+    add("--save-every", type=int, default=500, help="steps between checkpoints")
+    add("--resume", action="store_true", help="continue the run in --out with its own settings")
+    add("--seed", type=int, default=0, help="of weights, corpus, pairs and their order")
+    add("--out", default="out", help="folder for everything that is written")
+    args = parser.parse_args(argv)
+    run = read_config(Path(args.out)) if args.resume else REAL if args.data else {}
+    kept = {k: run[k] for k in vars(args) if k in run and k not in ("resume", "out", "device")}
+    parser.set_defaults(**kept)
+    args = parser.parse_args(argv)
+    if args.resume and vars(args) | kept != vars(args):
+        parser.error("--resume continues with the run's own settings: leave out other flags")
+    for name, value in vars(args).items():
+        may_be_0 = name in ("held_out", "sft_epochs", "warmup_steps", "seed")
+        if type(value) in (int, float) and not (0 < value < math.inf or (value == 0 and may_be_0)):
+            parser.error(f"--{name.replace('_', '-')} {value} is out of range")
+    args.tokenizer = args.tokenizer or ("gpt2" if args.init else "bytes")
+    return args
+
+
+def read_config(out):
+    """What `claim` wrote to config.json in this folder; {} if train.py did not write one."""
+    path = out / "config.json"
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    return json.loads(text) if '"made_by": "train.py"' in text else {}
+
+
+def claim(out, args, rows):
+    """Reserve --out for this run, before anything else is written. InputError if it is taken."""
+    pairs = {"encoded_pairs": len(rows), "crc": zlib.crc32(repr(rows).encode())}
+    config, init = read_config(out), Path(args.init or os.devnull).resolve()
+    if args.resume and config | pairs != config:
+        raise data.InputError(f"--resume: {out} holds no run of train.py on these pairs")
+    if args.resume or RANK > 0:
+        return
+    if init.exists() and out.resolve() in (init, *init.parents):
+        raise data.InputError(f"--out {out} holds --init {args.init}: choose another")
+    if not config and out.exists() and any(out.iterdir()):
+        raise data.InputError(f"--out {out} holds files of something else: choose another")
+    if config.get("data") and not (out / "summary.json").exists():
+        raise data.InputError(f"--out {out} holds an unfinished run: --resume, or choose another")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("reference/config.json", "checkpoint.pt", "policy/config.json", "summary.json"):
+        (out / name).unlink(missing_ok=True)
+    save_json(vars(args) | {"made_by": "train.py"} | pairs, out / "config.json")
+
+
+def set_up(args):
+    """Choose the device, join the other processes, print the settings."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = torch.device(found if args.device == "auto" else args.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.cuda.set_device(RANK % torch.cuda.device_count())
+    if PROCESSES > 1:
+        distributed.init_process_group()
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+    if not args.data:
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # tiny products: more are slower
+    print(*(f"{name}={value}" for name, value in vars(args).items()))
+    return device
+
+
+def means(columns):
+    """{name: (B,) or ()} -> {name: mean over all processes}. InputError if one is not finite."""
+    values = torch.stack([column.mean() for column in columns.values()])
+    if PROCESSES > 1:
+        distributed.all_reduce(values)
+    if not values.isfinite().all():
+        raise data.InputError("a loss or gradient is not finite: try a lower learning rate")
+    return dict(zip(columns, (values / PROCESSES).tolist()))
+
+
+def progress(line, keep):
+    """A line that changes in place on a terminal. Piped, only the lines to keep are printed."""
+    terminal = sys.stdout.isatty()
+    if keep or terminal:
+        print("\r\033[K" * terminal + line, end="\n" * keep, flush=True)
+
+
+def report(summary, world, tables):
+    """Print the results and, from `tables` of log pi (P, Y), the optimum's likeliest responses."""
+    rows = summary["rows"]
+    for x, prompt in enumerate(world.prompts if world else []):
+        print(f"\n{prompt.strip():16}     r*", *rows, sep="  ")
+        for y in tables[-1][x].topk(6).indices:
+            numbers = (f"{table[x, y].exp():{len(name)}.4f}" for name, table in zip(rows, tables))
+            print(f"  {world.responses[y]:15} {world.rewards[x, y]:+6.2f}", *numbers, sep="  ")
+    print("\n" + " " * 9, *rows["reference"], sep="  ")
+    for name, row in rows.items():
+        print(f"{name:9}", *(f"{row[key]:{len(key)}.4f}" for key in rows["reference"]), sep="  ")
+    print(f"{summary['seconds']:.0f} s; see {summary['config']['out']}/")
+
+
+def plot(history, path):
+    """curves.png: objective or held-out pairs, loss and weight, rewards, log-probs, by step."""
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    panels = {
+        "reward, nats": ("expected_reward", "kl", "objective"),
+        "held-out pairs": ("held_out_loss", "held_out_accuracy"),
+        "loss in nats; mean weight": ("loss", "weight"),
+        "implicit reward (Eq. 5)": ("chosen_reward", "rejected_reward", "margin"),
+        "log-prob of a response, nats": ("chosen_logp", "rejected_logp"),
+    }
+    panels = [panel for panel in panels.items() if panel[1][0] in history[-1]]
+    for ax, (label, names) in zip(figure.subplots(2, 2).flat, panels):
+        for name in names:
+            points = [(line["step"], line[name]) for line in history if name in line]
+            ax.plot(*zip(*points), label=name.replace("_", " "))
+        ax.set(xlabel="DPO step", ylabel=label)
+        ax.legend()
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # an answer may hold what a terminal can't show
-    main()
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    sys.stdout.reconfigure(errors="replace")  # a sample may hold what a terminal cannot show
+    try:
+        main()
+    except (data.InputError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command with --resume continues", file=sys.stderr)
+        sys.exit(130)

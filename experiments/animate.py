@@ -3,7 +3,7 @@
     python -m experiments.animate
 
 Left, what it says after one prompt; right, its reward and its KL, which no policy can do better
-than the black curve. The small world, seed 0, 100,000 pairs labelled by Bradley-Terry.
+than the black curve. Seed 0, 100,000 pairs labelled by Bradley-Terry.
 """
 
 from pathlib import Path
@@ -20,8 +20,8 @@ from experiments.verdicts import BLUE, GREY, RED
 FILM = 0  # the prompt
 
 
-def answers_to_show(ref, best):
-    """The answers to FILM that most matter in one of the two, places sorted by r*."""
+def responses_to_show(ref, best):
+    """The responses to FILM that most matter in one of the two, places sorted by r*."""
     likely = torch.cat([ref[FILM].topk(10).indices, best[FILM].topk(8).indices]).unique()
     return likely[WORLD.rewards[FILM, likely].argsort(stable=True)]
 
@@ -29,7 +29,7 @@ def answers_to_show(ref, best):
 def animate(walk, ref, path):
     """walk: (step, log pi (P, Y)) of each frame, the reference first -> a GIF at path."""
     best, _ = dpo.optimal_policy(ref, WORLD.rewards, BETA)
-    shown, rows = answers_to_show(ref, best), [lab.measure(logps, ref) for _, logps in walk]
+    shown, rows = responses_to_show(ref, best), [lab.measure(logps, ref) for _, logps in walk]
     before, after = (logps[FILM, shown].exp().tolist() for logps in (ref, best))
     widest = max(logps[FILM].max().exp().item() for logps in (best, *(logps for _, logps in walk)))
     fig = Figure(figsize=(9.6, 4.0), dpi=80, layout="constrained")
@@ -39,9 +39,9 @@ def animate(walk, ref, path):
     bars = left.barh(places, before, color=BLUE, label="policy")
     left.plot(before, places, "|", color=GREY, markersize=11, mew=2, label="reference")
     left.plot(after, places, "|", color=RED, markersize=11, mew=3, label="exact optimum, Eq. 4")
-    left.set_yticks(places, [f"{WORLD.answers[y]} {WORLD.rewards[FILM, y]:+.1f}" for y in shown])
+    left.set_yticks(places, [f"{WORLD.responses[y]} {WORLD.rewards[FILM, y]:+.1f}" for y in shown])
     left.set(xlabel='probability after "The film was"', xlim=(0, 1.03 * widest))
-    left.set(ylabel="answer and its true reward r*")
+    left.set(ylabel="response and its true reward r*")
     left.legend(loc="lower right")
 
     kl, height, _ = frontier.frontier(ref).tolist()

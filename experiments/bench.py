@@ -1,13 +1,13 @@
 """How fast is the training step? Beside TRL's DPOTrainer and the authors' method, on equal work.
 
     python -m experiments.bench [--data pairs.jsonl] [--shape 6,6,384] [--only ours TRL]
-    python -m experiments.bench --grow    how the cost grows with prompts, answers and batches
+    python -m experiments.bench --grow    how the cost grows with prompts, responses and batches
 
-The same GPT-2-shaped weights, the same pairs, AdamW 1e-5, beta 0.1, clip 1.0, no dropout. The first
-ten batches of 8 are the same, for the losses; then ours go on by length, theirs shuffled, as each
-does it. Each contender is a process of its own (for its peak memory); only one works at a time.
-Without --data the pairs are made up, as long as real ones: a prompt of 44 tokens on average,
-answers of 16. Without trl and transformers (tests/peers/requirements.txt) TRL is left out.
+All have the same GPT-2-shaped weights and the same batches, AdamW at 1e-5, beta 0.1, gradients
+clipped to 1, no dropout. Each contender is a process of its own, for its peak memory; only one
+works at a time. Without --data the pairs are made up, as long as real ones: a prompt of 44 tokens
+on average, responses of 16. Without trl and transformers (tests/peers/requirements.txt) TRL is
+left out.
 """
 
 import argparse
@@ -20,28 +20,23 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import replace
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-import cli
 import data
 import dpo
 import train
-from cli import progress
+from experiments import shared_row
 from model import GPT, GPTConfig
-from train import ADAM_BETAS
 
 BETA, LR, BATCH, VOCAB = 0.1, 1e-5, 8, 50257
-GROWTH = [(16, 32, 8), (64, 32, 8), (256, 32, 8), (512, 32, 8),  # tokens of prompt, of answers,
+GROWTH = [(16, 32, 8), (64, 32, 8), (256, 32, 8), (512, 32, 8),  # tokens of prompt, of responses,
           (64, 8, 8), (64, 128, 8), (64, 32, 2), (64, 32, 32)]  # pairs a batch  # fmt: skip
 LOSS_STEPS, ROUNDS, TRL_STEPS = 10, 5, 60  # the first ten, whose losses are shown, warm up as well
-CONFIG = replace(cli.REAL, beta=BETA, batch_size=BATCH, micro_batch_size=0, warmup_steps=0,
-                 decay=False, device="cuda" if torch.cuda.is_available() else "cpu")  # fmt: skip
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def made_up(n, prompt=None, answer=None):
+def made_up(n, prompt=None, response=None):
     """n pairs of random tokens. Lengths are given, or spread like those of instruction pairs."""
     random = torch.Generator().manual_seed(0)
 
@@ -51,71 +46,60 @@ def made_up(n, prompt=None, answer=None):
         return torch.randint(VOCAB - 1, (length,), generator=random).tolist()
 
     def row():
-        answers = [part(16, 4, answer and answer - 1) + [VOCAB - 1] for _ in range(2)]
-        return data.TokenPair(part(44, 30, prompt), *answers)
+        both = [part(16, 4, response and response - 1) + [VOCAB - 1] for _ in range(2)]
+        return data.TokenPair(part(44, 30, prompt), *both)
 
     return [row() for _ in range(n)]
 
 
-# The contenders: each yields the loss of a step of the optimiser, before it
+# The contenders: each yields the mean loss of every optimiser step, as it was before the step
+
+
+def settings(batch, dtype="float32"):
+    flags = f"--data - --beta {BETA} --warmup-steps 0 --no-decay --dtype {dtype} --device {DEVICE}"
+    return train.parse_args(f"{flags} --batch-size {batch} --micro-batch-size {batch}".split())
 
 
 def ours(rows, folder, batch, dtype="float32", compiled=False):
-    """train.py's own step on pair rows, the reference's sums computed once."""
-    train.keep_freed_memory()
-    model = GPT.from_pretrained(folder).to(CONFIG.device)
-    config = replace(CONFIG, dtype=dtype, batch_size=batch)
-    ref = train.all_logps(model, rows, config)
+    """train.py's own step: two plain rows a pair, the reference's log-probs computed once."""
+    model, args = GPT.from_pretrained(folder).to(DEVICE), settings(batch, dtype)
+    optimizer = train.OPTIMIZERS["adamw"](model.parameters())
+    ref = train.all_logps(model, rows, args)
     if compiled:
         model.compile(dynamic=True)
+    for _, _, lr, ids in train.schedule(rows, 10**6, LR, args):
+        losses, _, _ = train.update(model, optimizer, lr, args, rows, ids, dpo.dpo_loss, ref)
+        yield losses.mean()
 
-    def losses_of(chosen, rejected, i):
-        return dpo.dpo_loss(chosen, rejected, *ref[:, i], beta=BETA).losses
 
-    for _, _, record, _ in train.updates(model, rows, losses_of, config, 10**6, LR):
-        yield record["loss"].mean()
+def shared(rows, folder, batch):
+    """Ours, but both responses of a pair share one row and the tokens of its prompt."""
+    model, args = GPT.from_pretrained(folder).to(DEVICE), settings(batch)
+    optimizer = train.OPTIMIZERS["adamw"](model.parameters(), LR)
+    ref = train.all_logps(model, rows, args)
+    for _, _, _, ids in train.schedule(rows, 10**6, LR, args):
+        logps = shared_row.response_logps(model, shared_row.collate(rows, ids).to(DEVICE))
+        yield update(model, optimizer, *logps, *ref[:, ids])
 
 
 def authors(rows, folder, batch):
-    """The authors' code, written out: two padded rows a pair, a logit for every token of both, and
-    the reference again in every step."""
-    policy, reference = (GPT.from_pretrained(folder).to(CONFIG.device) for _ in range(2))
-    optimizer = torch.optim.AdamW(policy.parameters(), LR, ADAM_BETAS, weight_decay=0.0)
+    """The authors' method: a logit for every token, and the reference again in every step."""
+    policy, reference = (GPT.from_pretrained(folder).to(DEVICE) for _ in range(2))
+    optimizer = torch.optim.AdamW(policy.parameters(), LR, (0.9, 0.95), weight_decay=0.0)
 
     def logps(model, ids, mask):
-        sums = dpo.sequence_logps(model(ids), ids, mask)
-        return sums.split(len(ids) // 2)  # chosen rows first
+        every = model(ids)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        return torch.where(mask[:, 1:], every, 0).sum(-1).chunk(2)  # chosen rows come first
 
-    for pair_ids in order(rows, batch):
-        picked = [rows[i] for i in pair_ids]
-        texts = [(row.prompt, row.chosen) for row in picked]
-        texts += [(row.prompt, row.rejected) for row in picked]
-        ids = pad_sequence([torch.tensor(x + y) for x, y in texts], True).to(CONFIG.device)
-        masks = [torch.arange(len(x + y)) >= len(x) for x, y in texts]
-        mask = pad_sequence(masks, True).to(CONFIG.device)
+    for _, _, _, pair_ids in train.schedule(rows, 10**6, LR, settings(batch)):
+        ids, mask = (tensor.to(DEVICE) for tensor in data.collate(rows, pair_ids.tolist()))
         with torch.no_grad():
             ref = logps(reference, ids, mask)
-        loss = dpo.dpo_loss(*logps(policy, ids, mask), *ref, beta=BETA).losses.mean()
-        yield update(policy, optimizer, loss)
+        yield update(policy, optimizer, *logps(policy, ids, mask), *ref)
 
 
-def two_rows(rows, folder, batch):
-    """Ours, but for the row: one for each answer, so that the prompt is computed twice."""
-    train.keep_freed_memory()
-    model = GPT.from_pretrained(folder).to(CONFIG.device)
-    optimizer = torch.optim.AdamW(model.parameters(), LR, ADAM_BETAS, weight_decay=0.0, fused=True)
-    single = [data.TokenPair(x, y, []) for x, w, l in rows for y in (w, l)]
-    ref = train.all_logps(model, single, CONFIG)[0]
-    generator = torch.Generator().manual_seed(CONFIG.seed)
-    for pair_ids in data.batches(rows, batch, generator):
-        ids = torch.cat([2 * pair_ids, 2 * pair_ids + 1])
-        sums, _ = train.logps_of(model, data.collate(single, ids).to(CONFIG.device), CONFIG)
-        halves = len(pair_ids)
-        loss = dpo.dpo_loss(*sums.split(halves), *ref[ids].split(halves), beta=BETA).losses.mean()
-        yield update(model, optimizer, loss)
-
-
-def update(model, optimizer, loss):
+def update(model, optimizer, *logps):
+    loss = dpo.dpo_loss(*logps, beta=BETA).losses.mean()
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -123,26 +107,24 @@ def update(model, optimizer, loss):
     return loss.detach()
 
 
-def trl(*args, **settings):
+def trl(rows, folder, batch, precompute=False):
     from experiments import bench_trl  # it wants trl and transformers
 
-    return bench_trl.trl(*args, **settings)
-
-
-def order(rows, batch):
-    """The first ten batches of train.updates, then plain shuffles."""
-    generator = torch.Generator().manual_seed(CONFIG.seed)
-    first = data.batches(rows, batch, generator)
-    yield from (next(first).tolist() for _ in range(LOSS_STEPS))
-    while True:
-        yield from map(list, torch.randperm(len(rows), generator=generator).split(batch))
+    order = train.schedule(rows, 10**6, LR, settings(batch))
+    picked = [rows[i] for _ in range(TRL_STEPS) for i in next(order)[-1]]
+    config = dict(
+        beta=BETA, learning_rate=LR, adam_beta2=0.95, max_steps=TRL_STEPS, max_grad_norm=1.0,
+        per_device_train_batch_size=batch, precompute_ref_log_probs=precompute,
+        use_cpu=DEVICE == "cpu",
+    )  # fmt: skip
+    return bench_trl.trl(picked, folder, VOCAB, config)
 
 
 CONTENDERS = {
     "ours": ours,
     "ours, bfloat16": lambda *args: ours(*args, dtype="bfloat16"),
     "ours, compiled": lambda *args: ours(*args, compiled=True),
-    "ours, two rows a pair": two_rows,
+    "shared prompt": shared,
     "authors' method": authors,
     "TRL": trl,
     "TRL, reference precomputed": lambda *args: trl(*args, precompute=True),
@@ -165,7 +147,7 @@ def serve(name, rows, folder, batch, pipe):
             seconds.append(time.perf_counter() - start)
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        if CONFIG.device == "cuda":
+        if DEVICE == "cuda":
             peak = torch.cuda.max_memory_allocated()
         pipe.send((seconds, losses, peak))
 
@@ -183,7 +165,7 @@ def race(names, rows, folder, steps, batch=BATCH, first=LOSS_STEPS, rounds=ROUND
         pipes[name].send(first)
         _, losses, peak = pipes[name].recv()
         found[name] = [], losses, [peak]
-        progress(f"{name}: first steps done", False)
+        train.progress(f"{name}: first steps done", False)
     for _ in range(rounds):
         speeds.append(matrix_speed())
         for name, pipe in pipes.items():
@@ -198,7 +180,7 @@ def race(names, rows, folder, steps, batch=BATCH, first=LOSS_STEPS, rounds=ROUND
 
 def matrix_speed(n=2048):
     """Flop/s of a large float32 matrix product here and now."""
-    a, b = torch.randn(2, n, n, device=CONFIG.device)
+    a, b = torch.randn(2, n, n, device=DEVICE)
     (a @ b).sum().item()
     start = time.perf_counter()
     for _ in range(3):
@@ -207,8 +189,8 @@ def matrix_speed(n=2048):
 
 
 def useful_flops(rows, config):
-    """Of a step on average: every token of a row once, the head where it is scored, times 3 for
-    forward and backward. No padding, no prompt twice, no reference."""
+    """Of a step on average: each token of prompt and responses once, the head where it is scored,
+    times 3 for forward and backward. No padding, no prompt twice, no reference."""
     C, total = config.n_embd, 0
     for row in rows:
         x, w, l = (len(part) for part in row)
@@ -235,7 +217,7 @@ def main():
     names = [name for name in args.only if importlib.util.find_spec("trl") or "TRL" not in name]
     if len(names) < len(args.only):
         print("TRL is not installed: pip install -r tests/peers/requirements.txt")
-    where = f"{torch.get_num_threads()} threads, {CONFIG.device}, torch {torch.__version__}"
+    where = f"{torch.get_num_threads()} threads, {DEVICE}, torch {torch.__version__}"
     print(f"layers, heads, width {args.shape}; {where}")
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
@@ -247,18 +229,14 @@ def main():
 
 
 def grow(folder):
-    print(
-        "\n| prompt | answers | pairs | ours, seconds | authors' method | faster by |\n"
-        + "|---" * 6
-        + "|"
-    )
-    for prompt, answer, batch in GROWTH:
-        rows = made_up(4 * batch, prompt, answer)
+    print("\n| prompt | responses | pairs | ours, seconds | authors' method | faster by |")
+    print("|---" * 6 + "|")
+    for prompt, response, batch in GROWTH:
+        rows = made_up(4 * batch, prompt, response)
         found, _ = race(["ours", "authors' method"], rows, folder, 1, batch, 1, 3)
         ours, theirs = (statistics.median(seconds) for seconds, _, _ in found.values())
-        print(
-            f"| {prompt} | {answer} | {batch} | {ours:.2f} | {theirs:.2f} | {theirs / ours:.1f} |"
-        )
+        numbers = f"{ours:.2f} | {theirs:.2f} | {theirs / ours:.1f}"
+        print(f"| {prompt} | {response} | {batch} | {numbers} |")
 
 
 def show(found, speed, flops):

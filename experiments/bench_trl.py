@@ -9,23 +9,19 @@ import torch
 import transformers
 from trl import DPOConfig, DPOTrainer
 
-from experiments.bench import ADAM_BETAS, BETA, CONFIG, LR, TRL_STEPS, VOCAB, order
 
-
-def trl(rows, folder, batch, precompute=False):
-    """TRL's DPOTrainer with its defaults, but for the settings that all share. Its tokenizer reads
-    token numbers as words, so that both train on equal tokens."""
-    words = {str(i): i for i in range(VOCAB)}
+def trl(rows, folder, vocab, config):
+    """TRL's DPOTrainer on TokenPairs, in their order, with its defaults but for `config`: yields
+    losses. Its tokenizer reads token numbers as words, so that all train on equal tokens."""
+    words = {str(i): i for i in range(vocab)}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    end = dict(eos_token=str(VOCAB - 1), pad_token=str(VOCAB - 1))
+    end = dict(eos_token=str(vocab - 1), pad_token=str(vocab - 1))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **end)
-    batches = order(rows, batch)
-    picked = [rows[i] for _ in range(TRL_STEPS) for i in next(batches)]
-    texts = [  # TRL adds the end to answers
+    texts = [  # TRL adds the end token to responses
         {"prompt": " ".join(map(str, x)), "chosen": "".join(f" {i}" for i in w[:-1]),
          "rejected": "".join(f" {i}" for i in l[:-1])}
-        for x, w, l in picked
+        for x, w, l in rows
     ]  # fmt: skip
     models = []
     for _ in range(2):
@@ -44,11 +40,8 @@ def trl(rows, folder, batch, precompute=False):
             return self.last_loss
 
     config = DPOConfig(
-        output_dir=str(Path(folder) / "trl"), beta=BETA, learning_rate=LR, adam_beta2=ADAM_BETAS[1],
-        max_steps=TRL_STEPS, per_device_train_batch_size=batch, lr_scheduler_type="constant",
-        max_grad_norm=1.0,
-        bf16=False, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        precompute_ref_log_probs=precompute, use_cpu=CONFIG.device == "cpu",
+        output_dir=str(Path(folder) / "trl"), lr_scheduler_type="constant", bf16=False,
+        report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, **config,
     )  # fmt: skip
     trainer = InOrder(models[0], models[1], config, None, datasets.Dataset.from_list(texts),
                       processing_class=tokenizer)  # fmt: skip

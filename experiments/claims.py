@@ -3,17 +3,15 @@
     python -m experiments.claims [--quick]
 
 Each function measures one claim on one seed and returns rows; verdicts.py draws them and makes the
-table. The small world, beta 1 and train.py's network unless said. *As good or better* comes
+table. Beta 1 and train.py's network unless said. *As good or better* comes
 from frontier.py's table.
 """
 
 import copy
 import functools
-from dataclasses import replace
 
 import torch
 
-import cli
 import data
 import dpo
 import train
@@ -56,7 +54,7 @@ def the_weight_matters(seed, quick):
 
 def little_tuning(seed, quick):
     """J over a grid of learning rate and beta: DPO, and PPO on a reward model of the same pairs,
-    for which it draws as many answers (half as many as elsewhere). The grid's middle is tuned."""
+    for which it draws as many responses (half as many as elsewhere). The grid's middle is tuned."""
     sft, ref = lab.reference(seed)
     drawn, rows = lab.draw(seed, lab.PAIRS // 2), []
     samples, steps = rlhf.SAMPLES // (8 if quick else 2), lab.STEPS // (8 if quick else 2)
@@ -77,8 +75,8 @@ def little_tuning(seed, quick):
 
 
 def close_to_the_reference(seed, quick):
-    """What the leash holds as beta varies; and the hotel prompt, when all pairs are of the film,
-    with DPO and with a loss that never lets go (DPO's without its weight)."""
+    """The KL to the reference as beta varies; and the hotel prompt, when all pairs are of the film,
+    with DPO and with a loss without a KL penalty (DPO's without its weight)."""
     rows, (_, ref) = [], lab.reference(seed)
     all_pairs = lab.draw(seed, lab.PAIRS)
     film_pairs = lab.draw(seed, 2 * lab.PAIRS, among=0)
@@ -87,7 +85,7 @@ def close_to_the_reference(seed, quick):
         settings = {"beta": beta, "steps": 200 if quick else lab.STEPS}
         runs["all pairs"] = lab.train_dpo(seed, all_pairs, **settings)
         runs["film pairs only"] = lab.train_dpo(seed, film_pairs, **settings)
-        runs["film, no leash"] = lab.train_dpo(seed, film_pairs, loss=unweighted, **settings)
+        runs["film, no KL penalty"] = lab.train_dpo(seed, film_pairs, loss=unweighted, **settings)
         rows += of_each_prompt(seed, runs, beta, ref)
     return rows + of_each_prompt(seed, {"reference": [(0, ref)]}, 0.0, ref)
 
@@ -119,7 +117,8 @@ def over_fitting(seed, quick):
     cases += [(pairs, flip, name) for pairs in (1_000, 10_000, 100_000) for flip in (0.0, 0.2)
               for name in losses]  # fmt: skip
     for pairs, flip, name in cases[3:11] if quick else cases:
-        settings = {"epsilon": flip or 0.1, "beta": 0.25 if name == "ipo" else BETA}
+        settings = {"beta": 0.25 if name == "ipo" else BETA}
+        settings |= {"epsilon": flip or 0.1} if name in ("cdpo", "robust") else {}
         drawn = lab.draw(seed, pairs, flip=flip)
         run = lab.train_dpo(seed, drawn, steps=steps, loss=losses[name], **settings)
         for step, logps in run:
@@ -135,15 +134,15 @@ def over_fitting(seed, quick):
 
 
 class WideWorld(data.ToyWorld):
-    """The small world with answers of up to K = 4 words, 11,111 to a prompt."""
+    """The toy world with responses of up to K = 4 words, 11,111 to a prompt."""
 
     K = 4
 
 
 def coverage(seed, quick):
-    """The loss says nothing of answers that no pair mentions. A reference peaked on its grammar
-    (an SFT corpus without slips) among 11,111 possible answers, and five attempts to mend it."""
-    world = WideWorld("small")
+    """The loss says nothing of responses that no pair mentions. A reference peaked on its grammar
+    (an SFT corpus without slips) among 11,111 possible responses, and five attempts to mend it."""
+    world = WideWorld()
     usual = dict(slip=0.0, pairs=20_000, lr=1e-2, sft_weight=0.0, rounds=1)
     cases = {
         "peaked reference": {},
@@ -161,18 +160,18 @@ def coverage(seed, quick):
 
 
 def leak(world, seed, seen, slip, pairs, lr, sft_weight, rounds):
-    """SFT on a corpus, DPO on pair rows as train.py does it -> rows of margin, accuracy, gap closed
+    """SFT on a corpus, DPO as train.py does it -> rows of margin, accuracy, gap closed
     and of where the mass is. In each round the pairs are drawn anew, from the policy as it is."""
-    config, generator = replace(cli.TOY, seed=seed), torch.Generator().manual_seed(seed)
-    model = copy.deepcopy(sft(world, config, slip))
+    args, generator = train.parse_args(["--seed", str(seed)]), torch.Generator().manual_seed(seed)
+    model = copy.deepcopy(sft(world, seed, slip))
     policy = ref = world.logps(model)
     best, _ = dpo.optimal_policy(ref, world.rewards, BETA)
-    paired = torch.zeros(ref.shape, dtype=torch.bool)  # answers that some pair has mentioned
+    paired = torch.zeros(ref.shape, dtype=torch.bool)  # responses that some pair has mentioned
     grammatical = world.grammatical
 
     def row(of_mass, seen, margins):
         probs, kl = of_mass.exp(), dpo.kl_divergence(of_mass, best).mean()
-        return cli.means({
+        return train.means({
             "pairs_seen": torch.tensor([float(seen)]),
             "margin": margins, "accuracy": dpo.accuracy(margins),
             "gap_closed": 1 - kl / dpo.kl_divergence(ref, best).mean(),
@@ -190,13 +189,13 @@ def leak(world, seed, seen, slip, pairs, lr, sft_weight, rounds):
         if turn == 0:
             yield row(ref, 0, torch.zeros(1))
 
-        def losses_of(chosen, rejected, i):
-            losses = dpo.dpo_loss(chosen, rejected, *of_ref[:, i], beta=BETA).losses
-            return losses - sft_weight * chosen
+        def loss(chosen, *others, beta):
+            return dpo.dpo_loss(chosen, *others, beta=beta).losses - sft_weight * chosen
 
         rows = world.rows(drawn)
-        epochs = seen / rounds / len(rows)
-        for step, steps, *_ in train.updates(model, rows, losses_of, config, epochs, lr):
+        epochs, optimizer = seen / rounds / len(rows), train.OPTIMIZERS["adamw"](model.parameters())
+        for step, steps, rate, ids in train.schedule(rows, epochs, lr, args):
+            train.update(model, optimizer, rate, args, rows, ids, loss, of_ref)
             if step % (steps * rounds // 8) and step < steps:
                 continue
             policy = world.logps(model)
@@ -205,16 +204,17 @@ def leak(world, seed, seen, slip, pairs, lr, sft_weight, rounds):
 
 
 @functools.cache
-def sft(world, config, slip):
-    model = lab.new_gpt(config.seed)
-    corpus = world.corpus(torch.Generator().manual_seed(config.seed), slip=slip)
-    for _ in train.updates(model, corpus, lambda y, *_: -y, config, 10, 1e-2):
-        pass
+def sft(world, seed, slip):
+    model, args = lab.new_gpt(seed), train.parse_args(["--seed", str(seed)])
+    corpus = world.corpus(torch.Generator().manual_seed(seed), slip=slip)
+    optimizer = train.OPTIMIZERS["adamw"](model.parameters())
+    for _, _, lr, ids in train.schedule(corpus, 10, 1e-2, args):
+        train.update(model, optimizer, lr, args, corpus, ids, lambda chosen_logps: -chosen_logps)
     return model
 
 
 def both_log_probs_fall(seed, quick):
-    """log pi / pi_ref of chosen and rejected answers, and where the mass went: a table of free
+    """log pi / pi_ref of chosen and rejected responses, and where the mass went: a table of free
     logits, the network that shares its weights, and the exact optimum, all for the same pairs."""
     rows, (_, ref) = [], lab.reference(seed)
     for beta in (0.1, 1.0):
@@ -231,7 +231,7 @@ def both_log_probs_fall(seed, quick):
                 *_, (_, logps) = run
                 moved, mass = logps - ref, logps.exp() - ref.exp()
                 row = {"seed": seed, "policy": kind, "beta": beta, "pairs": pairs}
-                rows.append(row | cli.means({
+                rows.append(row | train.means({
                     "chosen": moved[drawn.prompt, drawn.chosen],
                     "rejected": moved[drawn.prompt, drawn.rejected],
                     "mass_chosen": (mass * won).sum(-1),

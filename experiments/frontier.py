@@ -1,11 +1,11 @@
-"""The paper's Figure 2, left, in the small toy world, with the curve it could not draw: pi*_beta.
+"""The paper's Figure 2, left, in the toy world, with the curve it could not draw: pi*_beta.
 
     python -m experiments.frontier [--quick]
 
 Each dot is a policy at an evaluation, at its exact KL(pi || pi_ref) and E[r*]. Two panels: pairs
 labelled by Bradley-Terry, and the paper's own deterministic labels. Scaled from the paper's grid:
 beta 0.05, 0.1, 1, 5 to 0.25, 0.5, 1, 2, and PPO's target KL of 3, 6, 9, 12 on an axis of 20 nats to
-the same shares of where the exact curve ends (7.3 nats), since an answer of three words cannot be
+the same shares of where the exact curve ends (7.3 nats), since a response of three words cannot be
 pushed further, and one of 1/20, for the low end; alpha of unlikelihood as there, and one that
 leaves its loss bounded. The paper looks every 100 steps; here a run has 14 looks, most of them
 early, where the policy moves fastest.
@@ -54,9 +54,9 @@ def height(kl, expected_reward, curve):
 
 
 def best_of_n(ref_logps, rewards, n):
-    """The best of n answers drawn from pi_ref, exactly: two (Y,) -> log-probs (Y,).
+    """The best of n responses drawn from pi_ref, exactly: two (Y,) -> log-probs (Y,).
 
-    P(best has reward r) = F(r)^n - F(r-)^n with F its distribution; answers of equal reward share
+    P(best has reward r) = F(r)^n - F(r-)^n with F its distribution; responses of equal reward share
     it as pi_ref does. KL(pi || pi_ref) is at most log n - (n - 1) / n.
     """
     probs = ref_logps.exp()
@@ -69,14 +69,14 @@ def best_of_n(ref_logps, rewards, n):
 
 
 def win_rate(ref_logps, rewards, labels):
-    """s(y): the share of pairs with y, against answers of pi_ref, that y wins. (Y,) -> (Y,)"""
+    """s(y): the share of pairs with y, against responses of pi_ref, that y wins. (Y,) -> (Y,)"""
     margins = rewards[:, None] - rewards
     wins = margins.sigmoid() if labels == "hard" else (margins > 0) + (margins == 0) / 2
     return wins.double() @ ref_logps.exp()
 
 
 def unlikelihood_optimum(ref_logps, rewards, labels, alpha=0.0):
-    """Where -log pi(y_w) + alpha log pi(y_l) ends with endless pairs, and the alpha up to which it
+    """Where -log pi(y_w) + alpha log pi(y_l) ends with infinite pairs, and the alpha up to which it
     ends anywhere: (Y,), (Y,) -> log-probs (Y,), float. alpha = 0 is Preferred-FT, 2 pi_ref s.
     """
     s = win_rate(ref_logps, rewards, labels)

@@ -1,9 +1,9 @@
-"""What the experiments share: the small toy world, training, exact measures, many runs at once.
+"""What the experiments share: the toy world, training, exact numbers, many runs at once.
 
-The small world is so small that a step lists the log-prob of every answer, (P, Y), and reads the
-sums of its pairs off that table: the values and gradients of train.py's pair rows (a test says so)
-in less time, and a batch of any size costs the same.
-P = 2 prompts, Y = 1,111 answers, B pairs or answers in a batch.
+The world is so small that a step computes the log-prob of every response, (P, Y), and reads those
+of its pairs from that table. Values and gradients are train.py's (a test says so), and a batch of
+any size costs the same.
+P = 2 prompts, Y = 1,111 responses, B pairs or responses in a batch.
 """
 
 import argparse
@@ -14,26 +14,23 @@ import inspect
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
-import cli
 import data
 import dpo
 import train
-from cli import progress
 
-WORLD = data.ToyWorld("small")
+WORLD = data.ToyWorld()
 BETA = 1.0  # train.py's in the toy world
 PAIRS, STEPS, BATCH = 100_000, 800, 1024  # of a DPO run: some eight passes over the pairs
-LENGTHS = torch.tensor([len(ids) for ids in WORLD.answer_ids])  # in tokens
+LENGTHS = torch.tensor([len(ids) for ids in WORLD.response_ids])  # in tokens
 
 
 class Table(torch.nn.Module):
-    """A policy that shares no weights: a free logit for every answer, starting at logps (P, Y)."""
+    """A policy that shares no weights: a free logit for every response, initially logps (P, Y)."""
 
     def __init__(self, logps):
         super().__init__()
@@ -41,16 +38,15 @@ class Table(torch.nn.Module):
 
 
 def listed(model):
-    """log pi(y|x) of every answer, (P, Y) float64, with its gradient."""
+    """log pi(y|x) of every response, (P, Y) float64, with its gradient."""
     if isinstance(model, Table):
         return model.logits.log_softmax(-1)
-    return inspect.unwrap(data.ToyWorld.logps)(WORLD, model)  # as it is under its no_grad
+    return inspect.unwrap(data.ToyWorld.logps)(WORLD, model)  # without its no_grad
 
 
 def new_gpt(seed):
     """train.py's network for the toy world, untrained."""
-    torch.manual_seed(seed)
-    return train.build_model(replace(cli.TOY, device="cpu"), WORLD.tokenizer)
+    return train.build_model(train.parse_args(["--seed", str(seed)]), WORLD.tokenizer)
 
 
 @functools.cache
@@ -59,9 +55,9 @@ def reference(seed):
     model = new_gpt(seed)
     corpus = WORLD.corpus(torch.Generator().manual_seed(seed))
     prompts = {tuple(ids): x for x, ids in enumerate(WORLD.prompt_ids.tolist())}
-    answers = {tuple(ids): y for y, ids in enumerate(WORLD.answer_ids)}
+    responses = {tuple(ids): y for y, ids in enumerate(WORLD.response_ids)}
     x = torch.tensor([prompts[tuple(row.prompt)] for row in corpus])
-    y = torch.tensor([answers[tuple(row.chosen)] for row in corpus])
+    y = torch.tensor([responses[tuple(row.chosen)] for row in corpus])
     sft = descend(model, lambda logps, i: -logps[x[i], y[i]], len(corpus), 400, 1e-2, seed)
     *_, (_, logps) = sft
     return model, logps
@@ -74,8 +70,8 @@ def start_from(seed, kind="network"):
 
 
 def draw(seed, n, labels="hard", flip=0.0, among=None, stream=1000):
-    """n preferences between answers of the reference; a share `flip` then named the wrong way.
-    `among` keeps only the pairs of that prompt; another `stream` draws other pairs, to hold out."""
+    """n preferences between responses of the reference, a fraction `flip` of them then reversed.
+    `among` keeps only the pairs of that prompt. Another `stream` draws other pairs, to hold out."""
     generator = torch.Generator().manual_seed(stream + seed)
     drawn = WORLD.draw_pairs(reference(seed)[1], n, labels, generator)
     if among is not None:
@@ -86,11 +82,11 @@ def draw(seed, n, labels="hard", flip=0.0, among=None, stream=1000):
 
 
 def descend(model, losses_of, n, steps, lr, seed, batch=BATCH):
-    """Minimise the mean of losses_of(logps (P, Y), places (B,)) -> (B,) over n places, much as
-    train.py does: AdamW, a short warm-up, a linear decay, clipped gradients.
+    """Minimise the mean of losses_of(logps (P, Y), places (B,)) -> (B,) over n places, as train.py
+    does: AdamW, a short warm-up, a linear decay, clipped gradients.
     Yields (step, logps) before each step and after the last.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr, train.ADAM_BETAS, weight_decay=0.0)
+    optimizer = train.OPTIMIZERS["adamw"](model.parameters(), lr)
     generator = torch.Generator().manual_seed(seed)
     left = torch.empty(0, dtype=torch.long)
     for step in range(steps):
@@ -108,13 +104,13 @@ def descend(model, losses_of, n, steps, lr, seed, batch=BATCH):
     yield steps, listed(model).detach()
 
 
-def preferences(loss, drawn, ref, **settings):
-    """losses_of for `descend`: a loss of the four sums, on these pairs."""
-    config = replace(cli.TOY, **{"beta": BETA, **settings})
+def preferences(loss, drawn, ref, beta=BETA, **settings):
+    """losses_of for `descend`: a loss of the four log-probs on these pairs."""
+    loss = functools.partial(loss, **settings)
 
     def losses_of(logps, places):
         x, both = drawn.prompt[places], torch.stack([drawn.chosen, drawn.rejected])[:, places]
-        return cli.call_loss(loss, config, logps[x, both], ref[x, both], LENGTHS[both])
+        return train.call_loss(loss, logps[x, both], ref[x, both], LENGTHS[both], beta)
 
     return losses_of
 
@@ -130,25 +126,17 @@ def train_dpo(
 
 
 def measure(logps, ref, beta=BETA, prompts=slice(None)):
-    """Exact numbers of a policy, means over the prompts; rewards in units of r*, KL in nats."""
-    logps, ref, rewards = logps[prompts], ref[prompts], WORLD.rewards[prompts]
-    best, _ = dpo.optimal_policy(ref, rewards, beta)
-    columns = {
-        "expected_reward": (logps.exp() * rewards).sum(-1),
-        "kl": dpo.kl_divergence(logps, ref),
-        "objective": dpo.rlhf_objective(logps, ref, rewards, beta),
-        "grammatical": logps.exp()[:, WORLD.grammatical].sum(-1),
-        "entropy": -(logps.exp() * logps.clamp(min=-1e9)).sum(-1),
-    }
-    row = cli.means(columns)
-    to_best, gap = dpo.kl_divergence(logps, best), dpo.kl_divergence(ref, best)
-    return row | {"gap_closed": 1 - (to_best.mean() / gap.mean()).item()}
+    """ToyWorld.measure, the mass on grammatical responses and the entropy; means over `prompts`."""
+    there = logps[prompts]
+    entropy = -(there.exp() * there.clamp(min=-1e9)).sum(-1)
+    more = {"grammatical": there.exp()[:, WORLD.grammatical].sum(-1), "entropy": entropy}
+    return WORLD.measure(logps, ref, beta, prompts) | train.means(more)
 
 
 def agreement(rewards, ref):
     """How well rewards (P, Y), a reward model's or a policy's own, agree with r*; means over x.
 
-    rank_correlation: Spearman's, over every answer, the rare ones too (r* has ties: mean ranks).
+    rank_correlation: Spearman's, over every response, the rare ones too (r* has ties: mean ranks).
     pair_accuracy: over all pairs that pi_ref would draw and whose true rewards differ.
     probability_error: the mean distance of sigma(r - r') from Bradley-Terry's p, over such pairs.
     """
@@ -162,7 +150,7 @@ def agreement(rewards, ref):
         apart = (margins.sigmoid() - truth.sigmoid()).abs()
         columns["pair_accuracy"].append((odds * right).sum() / odds.sum())
         columns["probability_error"].append((odds * apart).sum() / odds.sum())
-    return cli.means({key: torch.stack(column) for key, column in columns.items()})
+    return train.means({key: torch.stack(column) for key, column in columns.items()})
 
 
 def mean_ranks(values):
@@ -187,17 +175,18 @@ def run_jobs(work, jobs, seconds):
             left = sum(waiting) - sum(waiting[:cores]) / 2  # those at work are half done
             spent = time.time() - start
             left *= spent / max(sum(seconds) - left, 1)
-            progress(f"{len(results)}/{len(jobs)} jobs  {spent:.0f} s  {left:.0f} s left", True)
+            times = f"{spent:.0f} s  {left:.0f} s left"
+            train.progress(f"{len(results)}/{len(jobs)} jobs  {times}", True)
     return [results[i] for i in range(len(jobs))]
 
 
 def parse(description):
-    """--quick or the full run -> (quick, folder): out/quick, or assets, which README shows."""
+    """--quick or the full run -> (quick, folder): out-quick, or assets, which README shows."""
     parser = argparse.ArgumentParser(description=description)
-    help = "fewer seeds and settings, at most 2 minutes on two cores; writes to out/quick"
+    help = "fewer seeds and settings, at most 2 minutes on two cores; writes to out-quick"
     parser.add_argument("--quick", action="store_true", help=help)
     quick = parser.parse_args().quick
-    folder = Path("out/quick" if quick else "assets")
+    folder = Path("out-quick" if quick else "assets")
     folder.mkdir(parents=True, exist_ok=True)
     return quick, folder
 

@@ -42,7 +42,7 @@ def orpo_loss(
     rejected_lengths,
     alpha=0.1,
 ):
-    """SFT on the chosen answer plus alpha times -log sigma(log odds ratio): no reference, no SFT
+    """SFT on the chosen response plus alpha times -log sigma(log odds ratio): no reference, no SFT
     before. Hong et al. 2024, arXiv 2403.07691, Eq. 6 and 7; alpha is their lambda.
 
     Odds are p / (1 - p) with log p the mean over tokens. (The sign of their gradient, Eq. 8, is
@@ -70,7 +70,7 @@ def dpop_loss(
     beta=0.1,
     alpha=50.0,
 ):
-    """Eq. 7 with a fine of alpha nats for each nat by which chosen falls below the reference.
+    """Eq. 7 with a penalty of alpha nats for each nat by which the chosen log-prob drops below the reference.
 
     DPO-Positive, Pal et al. 2024, arXiv 2402.13228, Eq. 3; alpha is their lambda. ValueError unless
     beta > 0.
@@ -86,7 +86,7 @@ def unlikelihood_loss(
     """-log pi(y_w) + alpha log pi(y_l), the DPO paper's baseline (section 6; samples in Table 3).
 
     DPO's two pushes without its weight and its reference. Unbounded below unless alpha is small;
-    alpha = 0 is Preferred-FT, SFT on the chosen answers.
+    alpha = 0 is Preferred-FT, SFT on the chosen responses.
     """
     dpo.check_shapes(policy_chosen_logps, policy_rejected_logps)
     return -policy_chosen_logps + alpha * policy_rejected_logps

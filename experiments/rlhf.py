@@ -1,10 +1,10 @@
-"""The road that DPO leaves out: a reward model (Eq. 2), then PPO on Eq. 3, in the small toy world.
+"""The road that DPO leaves out: a reward model (Eq. 2), then PPO on Eq. 3, in the toy world.
 
     python -m experiments.rlhf [--quick]
 
 Section 3 of the paper; PPO is Schulman et al. 2017 (arXiv 1707.06347) with GAE (arXiv 1506.02438),
 its set-up for language Ziegler et al. 2019 (arXiv 1909.08593): a critic, the KL term spread over
-the tokens, an adaptive beta that holds a target KL. B answers of K tokens at most, T positions.
+the tokens, an adaptive beta that holds a target KL. B responses of K tokens at most, T positions.
 Left out: a clipped value loss, an entropy bonus, early stopping on KL. TUNED says what was tuned.
 """
 
@@ -17,9 +17,9 @@ from torch import nn
 import dpo
 from experiments import lab
 from experiments.lab import BETA, LENGTHS, WORLD
-from train import ADAM_BETAS
+from train import OPTIMIZERS
 
-SAMPLES = 8 * 48 * 512  # answers that PPO draws: 2% fewer than the 100,000 pairs of DPO hold
+SAMPLES = 8 * 48 * 512  # responses that PPO draws: 2% fewer than the 100,000 pairs of DPO hold
 EPOCHS = 8  # of the reward model, as many as DPO's
 
 
@@ -43,25 +43,25 @@ class Scalar(nn.Module):
 # The reward model: Eq. 2
 
 
-ANSWERS = [(ids + [WORLD.W] * WORLD.K)[: WORLD.K] for ids in WORLD.answer_ids]
-ANSWERS = torch.tensor(ANSWERS)  # (Y, K) tokens; END fills the rest, LENGTHS says what counts
+RESPONSES = [(ids + [WORLD.W] * WORLD.K)[: WORLD.K] for ids in WORLD.response_ids]
+RESPONSES = torch.tensor(RESPONSES)  # (Y, K) tokens; END fills the rest, LENGTHS says what counts
 
 
 def score(model, x, y):
-    """r_phi(x, y), read at the last token of the answer (END too): prompts, answers (B,) -> (B,)"""
-    ids = torch.cat([WORLD.prompt_ids[x], ANSWERS[y]], 1)  # (B, T)
+    """r_phi(x, y), read at the last token of the response, END included: two (B,) -> (B,)"""
+    ids = torch.cat([WORLD.prompt_ids[x], RESPONSES[y]], 1)  # (B, T)
     last = WORLD.prompt_ids.shape[1] + LENGTHS[y] - 1
     return model(ids)[torch.arange(len(ids)), last]
 
 
 def train_reward_model(sft, drawn, epochs=EPOCHS, seed=0, lr=5e-3, batch=512):
-    """Eq. 2 on the pairs, from the SFT model's weights -> r_phi of every answer, (P, Y) float64.
+    """Eq. 2 on the pairs, from the SFT model's weights -> r_phi of every response, (P, Y) float64.
 
     Eq. 2 leaves each prompt's level free; as in section 3, it is set so that E_ref[r_phi] = 0.
     """
     model = Scalar(sft)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, ADAM_BETAS, weight_decay=0.0)
+    optimizer = OPTIMIZERS["adamw"](model.parameters(), lr)
     order = [torch.randperm(len(drawn.prompt), generator=generator) for _ in range(epochs)]
     batches = torch.cat(order).split(batch)
     for step, i in enumerate(batches):
@@ -75,7 +75,7 @@ def train_reward_model(sft, drawn, epochs=EPOCHS, seed=0, lr=5e-3, batch=512):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     with torch.no_grad():
-        y = torch.arange(len(ANSWERS))
+        y = torch.arange(len(RESPONSES))
         rewards = [score(model, torch.full_like(y, x), y) for x in range(len(WORLD.prompts))]
         rewards = torch.stack(rewards).double()
         return rewards - (lab.listed(sft).exp() * rewards).sum(-1, keepdim=True)
@@ -88,7 +88,7 @@ def gae(rewards, values, mask, lam):
     """Advantages and returns of each token, undiscounted: three (B, K) -> two (B, K).
 
     delta_t = r_t + V_(t+1) - V_t, A_t = delta_t + lam A_(t+1), return = A_t + V_t; V is 0 after
-    the last token of an answer (mask True up to it). arXiv 1506.02438, Eq. 11 to 16, gamma = 1.
+    the last token of a response (mask True up to it). arXiv 1506.02438, Eq. 11 to 16, gamma = 1.
     """
     advantages, following, ahead = torch.zeros_like(rewards), 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):
@@ -123,14 +123,14 @@ def token_rewards(rewards, logps, ref_logps, mask, beta):
 
 
 def token_logps(model, ids):
-    """log pi of each answer token, the ids after the prompt's: (B, T) -> (B, K)"""
+    """log pi of each response token, the ids after the prompt's: (B, T) -> (B, K)"""
     start = WORLD.prompt_ids.shape[1]
     logps = model(ids[:, :-1])[:, start - 1 :].log_softmax(-1)
     return logps.gather(-1, ids[:, start:, None]).squeeze(-1)
 
 
 def token_values(critic, ids):
-    """V before each answer token is drawn, read where that token is predicted: (B, T) -> (B, K)"""
+    """V before each response token is drawn, read where it is predicted: (B, T) -> (B, K)"""
     return critic(ids[:, :-1])[:, WORLD.prompt_ids.shape[1] - 1 :]
 
 
@@ -143,7 +143,7 @@ def ppo_loss(policy, critic, ids, old_logps, advantages, returns, mask, clip):
 
 
 def place_of(tokens):
-    """Answer tokens (B, K) -> their places in WORLD.answers (B,): shorter answers come first."""
+    """Response tokens (B, K) -> places in WORLD.responses (B,), where shorter ones come first."""
     place, going = torch.zeros(len(tokens), dtype=torch.long), torch.ones(len(tokens)).bool()
     for token in tokens.T:
         going = going & (token != WORLD.W)
@@ -165,8 +165,8 @@ def ppo(sft, rewards, seed, beta=BETA, target_kl=None, samples=SAMPLES, **tuned)
     """
     t = {**TUNED, **tuned}
     policy, ref, critic = copy.deepcopy(sft), sft, Scalar(sft)
-    actor = torch.optim.AdamW(policy.parameters(), t["lr"], ADAM_BETAS, weight_decay=0)
-    critic_opt = torch.optim.AdamW(critic.parameters(), t["critic_lr"], ADAM_BETAS, weight_decay=0)
+    actor = OPTIMIZERS["adamw"](policy.parameters(), t["lr"])
+    critic_opt = OPTIMIZERS["adamw"](critic.parameters(), t["critic_lr"])
     generator = torch.Generator().manual_seed(seed)
     start, rounds = WORLD.prompt_ids.shape[1], samples // t["batch"]
     for n in range(rounds):
@@ -266,8 +266,8 @@ def draw(curves, calibrated, path):
     optimum = lab.measure(best(lab.reference(0)[1], WORLD.rewards), lab.reference(0)[1])
     left.axhline(optimum["expected_reward"], color="black", label="pi* of Eq. 4, seed 0")
     middle.axhline(optimum["kl"], color="black", label="pi* of Eq. 4, seed 0")
-    left.set(xlabel="answers drawn", ylabel="E[r*], true reward")
-    middle.set(xlabel="answers drawn", ylabel="KL(pi || pi_ref), nats")
+    left.set(xlabel="responses drawn", ylabel="E[r*], true reward")
+    middle.set(xlabel="responses drawn", ylabel="KL(pi || pi_ref), nats")
     for name, (colour, marker) in (("reward model", look["PPO"]), ("DPO", look["DPO"])):
         mine = lab.where(calibrated, rewards=name)
         x, y = [r["says"] for r in mine], [r["is"] for r in mine]

@@ -1,8 +1,8 @@
-"""A prompt continued by a trained policy and, beside it, by its reference.
+"""Continue a prompt with a trained policy and, beside it, with its reference.
 
     python -m experiments.sample out "The film was"
 
-`out` is the folder of a run of train.py. One seed gives the same answers.
+`out` is the folder of a run of train.py. The same seed gives the same responses.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from model import GPT
 
 
 def sample(folder, prompt, temperature=1.0, n=3, seed=0, max_new_tokens=100):
-    """n answers from each of the run's two models: {"reference": [texts], "policy": [texts]}.
-    InputError or OSError, in one line, where folder or prompt will not do."""
+    """n responses from each of a run's two models: {"reference": [texts], "policy": [texts]}.
+    InputError or OSError, in one line, if the folder or the prompt cannot be used."""
     folder = Path(folder)
     try:
         settings = json.loads((folder / "config.json").read_text())
@@ -26,28 +26,31 @@ def sample(folder, prompt, temperature=1.0, n=3, seed=0, max_new_tokens=100):
     except (KeyError, TypeError, ValueError):
         raise data.InputError(f"{folder}/config.json does not hold a run's settings") from None
     if toy:
-        world = data.ToyWorld(settings["world"])
-        tokenizer, max_new_tokens, prompt = world.tokenizer, world.K, " " + prompt.strip()
+        world, prompt = data.ToyWorld(), " " + " ".join(prompt.split())
+        tokenizer, max_new_tokens = world.tokenizer, world.K
+        words = world.tokenizer.decode(range(world.W)).split()
+        if unknown := set(prompt.split()) - set(words):
+            raise data.InputError(f"{unknown.pop()} is not a word of the toy world: {words}")
     else:
         tokenizer = data.get_tokenizer(name)
     if n < 1 or not 0 <= temperature < 1e6:
-        raise data.InputError("--n must be over 0 and --temperature a number, 0 or over")
+        raise data.InputError("--n must be at least 1, and --temperature a number from 0")
     ids = tokenizer.encode_ordinary(prompt)
     if not ids:
-        raise data.InputError("the prompt is empty, and its last token predicts the answer")
-    answers = {}
+        raise data.InputError("the prompt is empty: its last token predicts the response")
+    responses = {}
     for name in ("reference", "policy"):
         model = GPT.from_pretrained(folder / name)
         if model.config.vocab_size != tokenizer.n_vocab:
-            raise data.InputError(f"{folder / name}: its tokens are not those of {tokenizer.name}")
+            raise data.InputError(f"{folder / name}: its vocabulary is not that of the tokenizer")
         random = torch.Generator().manual_seed(seed)
         rows = torch.tensor([ids] * n)
         rows = model.generate(
             rows, max_new_tokens, temperature, stop_token=tokenizer.eot_token, generator=random
         )
         texts = [tokenizer.decode(row[len(ids) :].tolist()) for row in rows]
-        answers[name] = [text.split(data.END)[0].strip() for text in texts]
-    return answers
+        responses[name] = [text.split(data.END)[0].strip() for text in texts]
+    return responses
 
 
 def main(argv=None):
@@ -55,7 +58,7 @@ def main(argv=None):
     parser.add_argument("folder", help="what train.py wrote")
     parser.add_argument("prompt")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
-    parser.add_argument("--n", type=int, default=3, help="answers of each")
+    parser.add_argument("--n", type=int, default=3, help="responses of each")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:

@@ -94,7 +94,7 @@ def the_weight_matters(rows):
     fig, axes = panels(3)
     for ax, key in zip(axes, ("grammatical", "entropy", "expected_reward")):
         lines(ax, rows, "step", key, "weight", {"with": "DPO", "without": "weight left at 1/2"})
-    axes[0].set(ylabel="mass on grammatical answers", ylim=(0, 1))
+    axes[0].set(ylabel="mass on grammatical responses", ylim=(0, 1))
     axes[0].legend()
     with_it, without = (where(last(rows), weight=name) for name in ("with", "without"))
     worse = (mean(without, k) < mean(with_it, k) for k in ("grammatical", "expected_reward"))
@@ -159,16 +159,17 @@ def close_to_the_reference(rows):
         title = "both prompts" if part is trained else "the hotel, which no pair mentions"
         ax.set(title=title, ylabel="KL(pi || pi_ref), nats")
         if key == "grammatical":
-            ax.set(ylabel="mass on grammatical answers", ylim=(0, 1))
+            ax.set(ylabel="mass on grammatical responses", ylim=(0, 1))
     drift = [where(rows, run="all pairs", beta=beta) for beta in betas]
     kls = [mean(part, "kl") for part in drift]
     least = betas[len(betas) // 2]
-    held, loose = (where(hotel, run=r, beta=least) for r in ("film pairs only", "film, no leash"))
+    names = "film pairs only", "film, no KL penalty"
+    held, loose = (where(hotel, run=name, beta=least) for name in names)
     text = ", ".join(f"KL {said(d, 'kl')} at beta {b:g}" for b, d in zip(betas[::4], drift[::4]))
-    text += f"; at the prompt in no pair, beta {least:g}: {said(held, 'kl')}, without a leash "
+    text += f"; at the prompt in no pair, beta {least:g}: {said(held, 'kl')}, without KL penalty "
     text += said(loose, "kl")
     holds = kls == sorted(kls, reverse=True) and mean(held, "kl") < mean(loose, "kl")
-    return fig, "the leash keeps the policy close to the reference", text, holds
+    return fig, "the KL penalty keeps the policy close to the reference", text, holds
 
 
 def over_fitting(rows):
@@ -202,7 +203,7 @@ def over_fitting(rows):
     few, many = (where(clean, pairs=n) for n in (sizes[0], sizes[-1]))
     gaps = [mean(x, "train_accuracy") - mean(x, "held_out_accuracy") for x in (few, many)]
     holds = gaps[0] > 0.1 > 0.02 > gaps[1] and mean(few, "gap_closed") < 0
-    return fig, "offline: few pairs, trained for long, are over-fitted", text, holds
+    return fig, "offline: few pairs, trained for long, are overfitted", text, holds
 
 
 def coverage(rows):
@@ -232,7 +233,7 @@ def coverage(rows):
     peaked, start = where(ends, case=cases[0]), where(rows, case=cases[0], pairs_seen=0.0)
     leaked = mean(peaked, "in_no_pair") - mean(start, "in_no_pair")
     holds = mean(peaked, "gap_closed") < 0 < mean(peaked, "margin") and leaked > 0.1
-    return fig, "the loss says nothing of answers in no pair", text, holds
+    return fig, "the loss says nothing of responses in no pair", text, holds
 
 
 def both_log_probs_fall(rows):
@@ -249,7 +250,7 @@ def both_log_probs_fall(rows):
              lambda policy, key: values(where(mine, policy=policy), masses[key]))  # fmt: skip
         above.set(title=f"{pairs:,} pairs, beta {beta:g}", yscale="symlog")
     upper[0].set(ylabel="mean log pi / pi_ref, nats")
-    lower[0].set(ylabel="mass gained or lost, by kind of answer")
+    lower[0].set(ylabel="mass gained or lost, by kind of response")
     upper[0].legend(loc="lower left")
     lower[0].legend(loc="lower right")
     texts = []

@@ -8,7 +8,16 @@ sys.path.insert(0, str(ROOT))  # so that `pytest` finds the four files from wher
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "notebook: runs notebook.ipynb, up to 3 minutes")
+    config.addinivalue_line("markers", "slow: takes over five seconds; run with -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    """`python -m pytest` leaves the slow tests to `python -m pytest -m slow`, or to their names."""
+    if config.option.markexpr or any("::" in arg for arg in config.args):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
 
 
 @pytest.fixture

@@ -1,390 +1,349 @@
-"""Reading pairs, encoding them, the pair row, the order of batches, and the toy world."""
+"""Reading pairs, encoding and splitting them, the rows and the order of batches, the toy world."""
 
 import copy
+import itertools
 import json
 import math
+import runpy
+import sys
 import warnings
 
 import pytest
 import torch
 
+import data
 import dpo
-from data import (
-    END,
-    Drawn,
-    InputError,
-    Pair,
-    TokenPair,
-    ToyWorld,
-    batches,
-    collate,
-    encode_pairs,
-    get_tokenizer,
-    load_pairs,
-)
+from data import END, Drawn, InputError, Pair, TokenPair, encode_pairs, load_pairs
 from model import GPT, GPTConfig
 from test_dpo import expect
+from test_model import assert_drawn_from
 
 GOOD = {"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"}
+WORLD, BYTES = data.ToyWorld(), data.get_tokenizer("bytes")
+WORDS = "The was film hotel good dull quiet funny not very".split()  # token ids 0 to 9; 10 is END
+PLACE = {y: i for i, y in enumerate(WORLD.responses)}
+seeded = torch.Generator().manual_seed
 
 
 def write(tmp_path, *lines):
     path = tmp_path / "pairs.jsonl"
-    path.write_text(
-        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
-    )
+    lines = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_text("\n".join(lines), errors="surrogateescape")
     return path
 
 
-def test_load_pairs(tmp_path):
-    assert load_pairs(write(tmp_path, GOOD, "", GOOD)) == [Pair("2 + 2 =", "4", "5")] * 2
+# Files
+
+BAD = {  # a line -> what the error says of it
+    "{": "not a line of JSON",
+    "[" * 100_000: "not a line of JSON",
+    "[1]": "not a JSON object",
+    '{"prompt": "\udcff"}': "not a line of JSON",  # bytes that are no text
+    '{"prompt": "a", "chosen": "b"}': '"rejected"',
+    json.dumps(GOOD | {"chosen": "  \n"}): '"chosen"',
+    json.dumps(GOOD | {"prompt": None}): '"prompt"',
+    json.dumps(GOOD | {"rejected": ["5"]}): '"rejected"',
+    '{"chosen": "A", "rejected": "B"}': '"prompt"',  # no "Assistant:", so no dialogue
+    '{"chosen": 1, "rejected": "\\n\\nAssistant: A."}': '"chosen"',
+}
 
 
-@pytest.mark.parametrize(
-    "bad, says",
-    [
-        ("{", "not a line of JSON"),
-        ("[1]", "not a JSON object"),
-        ("12", "not a JSON object"),
-        ("[" * 100_000, "not a line of JSON"),
-        ({"prompt": "a", "chosen": "b"}, '"rejected"'),
-        (GOOD | {"chosen": ""}, '"chosen"'),
-        (GOOD | {"chosen": "  \n"}, '"chosen"'),
-        (GOOD | {"prompt": None}, '"prompt"'),
-        (GOOD | {"rejected": ["5"]}, '"rejected"'),
-    ],
-)
-def test_load_pairs_names_file_and_line(tmp_path, bad, says):
-    path = write(tmp_path, GOOD, bad)
+@pytest.mark.parametrize("line", BAD, ids=lambda line: line[:40])
+def test_a_bad_line_is_named_by_file_line_and_field(tmp_path, line):
+    path = write(tmp_path, GOOD, line)
     with pytest.raises(InputError) as error:
         load_pairs(path)
-    assert f"{path}:2" in str(error.value) and says in str(error.value)
-    assert "\n" not in str(error.value)
+    said = str(error.value)
+    assert f"{path}:2: " in said and BAD[line] in said and "\n" not in said, said
+
+
+def test_repeated_pairs_are_kept_and_equal_responses_dropped(tmp_path):
+    equal = GOOD | {"chosen": "5"}
+    assert load_pairs(write(tmp_path, GOOD, "", GOOD | {"id": 7})) == [Pair(*GOOD.values())] * 2
+    with pytest.warns(UserWarning, match="dropped.*: 2, the first in line 2"):
+        assert len(load_pairs(write(tmp_path, GOOD, equal, equal))) == 1
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="no usable pair"):
+        load_pairs(write(tmp_path, equal))
+    with pytest.raises(InputError, match="no usable pair"):
+        load_pairs(write(tmp_path, ""))
 
 
 TALK = "\n\nHuman: Hi.\n\nAssistant: Hello. Assistant: here.\n\nHuman: Why?\n\nAssistant:"
-DIALOGUES = {  # chosen, rejected, the pair; None if it is dropped
-    "they differ in the last answer": (TALK + " Since.", TALK + " No.", (TALK, " Since.", " No.")),
-    "they begin alike": (TALK + " Yes, A.", TALK + " Yes, B.", (TALK, " Yes, A.", " Yes, B.")),
-    "one answer begins the other": (TALK + " A.", TALK + " A. B", (TALK, " A.", " A. B")),
-    "nothing in common but the question": (TALK + "X", TALK + " Y", (TALK, "X", " Y")),
-    "an empty last answer": (TALK + " Yes.", TALK, None),
-    "a blank last answer": (TALK + " \n", TALK + " No.", None),
+DIALOGUES = {  # chosen, rejected, the two responses; None if they are dropped
+    "they begin alike": (TALK + " Yes, A.", TALK + " Yes, B.", (" Yes, A.", " Yes, B.")),
+    "one response begins the other": (TALK + " A.", TALK + " A. B", (" A.", " A. B")),
+    "equal": (TALK + " A.", TALK + " A.", None),
+    "a blank last response": (TALK + " \n", TALK + " No.", None),
     "one goes on for a turn": (TALK + " A.\n\nHuman: B?\n\nAssistant: C.", TALK + " D.", None),
     "they part early": (TALK + " A.", "\n\nHuman: Hi.\n\nAssistant: Go away.", None),
-    "they differ at once": (TALK + " A.", "?" + TALK + " B.", None),
-    "no question at all": ("\n\nAssistant: A.", "?\n\nAssistant: B.", None),
+    "no question in common": ("\n\nAssistant: A.", "?\n\nAssistant: B.", None),
     "a person has the last word": (TALK + " A.\n\nHuman: Thanks.", TALK + " B.", None),
-    "chosen answers twice": (TALK + " A.\n\nAssistant: C.", TALK + " B.", None),
-    "rejected answers twice": (TALK + " A.", TALK + " B.\n\nAssistant: C.", None),
-    "one has no answer, nor a turn for it": (TALK + " A.", "\n\nHuman: Hi.", None),
-    "neither the other": ("\n\nHuman: Hi.", TALK + " A.", None),
-    "another question": (TALK.replace("Why", "Where") + " A.", TALK + " B.", None),
+    "rejected responds twice": (TALK + " A.", TALK + " B.\n\nAssistant: C.", None),
 }
 
 
 @pytest.mark.parametrize("case", DIALOGUES)
 def test_dialogues(case, tmp_path):
-    """Anthropic's form: prompt and answer together rebuild each text, or the row is dropped."""
+    """Anthropic's form: prompt and response together rebuild each text, or the line is dropped."""
     chosen, rejected, wanted = DIALOGUES[case]
-    rows = [(TALK + " 1", TALK + " 2"), (chosen, rejected), (TALK + " 3", TALK + " 4")]
-    path = write(tmp_path, *({"chosen": w, "rejected": l} for w, l in rows))
-    if wanted is None:
-        with pytest.warns(UserWarning, match="pairs dropped, .*: 1, first in line 2"):
-            pairs = load_pairs(path)
-        assert pairs == [(TALK, " 1", " 2"), (TALK, " 3", " 4")]
+    first, second, last = [{"chosen": TALK + " 1", "rejected": TALK + "2"},
+                           {"chosen": chosen, "rejected": rejected},
+                           {"prompt": "Hi", "chosen": TALK + " A.", "rejected": "B"}]  # fmt: skip
+    path, others = write(tmp_path, first, second, last), [(TALK, " 1", "2"), tuple(last.values())]
+    if wanted:
+        assert load_pairs(path) == [others[0], (TALK, *wanted), others[1]]
     else:
-        prompt, *answers = pair = load_pairs(path)[1]
-        assert pair == wanted and [prompt + answer for answer in answers] == [chosen, rejected]
+        with pytest.warns(UserWarning, match="dropped, .*: 1, the first in line 2"):
+            assert load_pairs(path) == others
 
 
-def test_equal_dialogues_are_counted(tmp_path):
-    rows = [{"chosen": TALK + " A.", "rejected": TALK + f" {x}."} for x in "AB"]
-    with pytest.warns(UserWarning, match="dropped.*: 1, first in line 1"):
-        assert load_pairs(write(tmp_path, *rows)) == [(TALK, " A.", " B.")]
+def test_show_by_hand(tmp_path, capsys, monkeypatch):
+    """python data.py pairs.jsonl: the first pair's tokens, [scored] or not."""
+    path = write(tmp_path, {"prompt": "Q:", "chosen": "no\n", "rejected": "y"}, GOOD)
+    monkeypatch.setattr(sys, "argv", ["data.py", str(path)])
+    runpy.run_path(data.__file__, run_name="__main__")
+    chosen = f"chosen: 'Q' ':' ['n'] ['o'] ['\\n'] ['{END}'] and 0 of padding\n"
+    rejected = f"rejected: 'Q' ':' ['y'] ['{END}'] and 2 of padding\n"
+    assert capsys.readouterr().out == f"{chosen}\n{rejected}\n"
 
 
-def test_a_dialogue_must_be_text(tmp_path):
-    path = write(tmp_path, {"chosen": 1, "rejected": TALK + " B."})
-    with pytest.raises(InputError, match=':1: "chosen" must be a string'):
-        load_pairs(path)
+# Tokens
 
 
-@pytest.mark.parametrize("given", [{"prompt": "Hi"}, {"chosen": "A", "rejected": "B"}])
-def test_what_is_no_dialogue_stays_as_it_is(given, tmp_path):
-    """With a prompt, or where no text has an "Assistant:": three fields are asked for."""
-    record = {"chosen": TALK + " A.", "rejected": TALK + " B."} | given
-    path = write(tmp_path, record)
-    if "prompt" in given:
-        assert load_pairs(path) == [("Hi", record["chosen"], record["rejected"])]
-    else:
-        with pytest.raises(InputError, match=':1: "prompt"'):
-            load_pairs(path)
-
-
-def test_load_pairs_refuses_bytes_that_are_no_text(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"prompt": "\xff"}')
-    with pytest.raises(InputError, match=":2"):
-        load_pairs(path)
-
-
-def test_equal_answers_are_counted_and_dropped(tmp_path):
-    with pytest.warns(UserWarning, match="dropped.*: 2, first in line 2"):
-        assert (
-            len(load_pairs(write(tmp_path, GOOD, GOOD | {"chosen": "5"}, GOOD | {"chosen": "5"})))
-            == 1
-        )
-    with pytest.warns(UserWarning), pytest.raises(InputError, match="no usable pair"):
-        load_pairs(write(tmp_path, GOOD | {"chosen": "5"}))
-    with pytest.raises(InputError, match="no usable pair"):
-        load_pairs(write(tmp_path, ""))
-
-
-def test_bytes_keep_any_text():
-    tokenizer = get_tokenizer("bytes")
+def test_tokenizers(monkeypatch):
     text = "naïve 🙂\n\tx<|endoftext|>"
-    assert tokenizer.encode_ordinary(text) == list(text.encode())
-    assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
-    assert tokenizer.eot_token == 256 and tokenizer.n_vocab == 257
+    assert BYTES.encode_ordinary(text) == list(text.encode()) and BYTES.eot_token == 256
+    assert BYTES.decode(list(text.encode())) == text and BYTES.n_vocab == 257
+    words = WORLD.tokenizer.encode_ordinary(" The film was not very dull")
+    assert words == [0, 2, 1, 8, 9, 5], "a token of the toy world is a word and the space before it"
+    with pytest.raises(InputError, match='unknown tokenizer "klingon"; known are bytes, .*gpt2'):
+        data.get_tokenizer("klingon")
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: 1 / 0)
+    with pytest.raises(InputError, match="download failed .ZeroDivisionError.*bytes"):
+        data.get_tokenizer("gpt2")
 
 
-def test_toy_words():
-    tokenizer = ToyWorld().tokenizer
-    ids = tokenizer.encode_ordinary(" The film was not very dull")
-    assert len(ids) == 6 and tokenizer.decode(ids) == " The film was not very dull"
-    for text in (" The film was splendid", "The film", " The  film", " The film\n"):
-        with pytest.raises(InputError, match="not a word of the toy world"):
-            tokenizer.encode_ordinary(text)
-
-
-def test_unknown_tokenizer():
-    with pytest.raises(InputError, match="bytes"):
-        get_tokenizer("klingon")
-
-
-def test_prompt_and_answers_are_encoded_apart_and_closed():
-    rows = encode_pairs([Pair("ab", "c", ""), Pair("a", "bc", "d")], get_tokenizer("bytes"), 16)
-    assert rows[0] == ([97, 98], [99, 256], [256])  # an empty answer is the end token alone
-    assert rows[1] == ([97], [98, 99, 256], [100, 256])
-
-
-def test_toy_answers_of_k_words_have_no_end():
-    world = ToyWorld()
-    encode, place = world.tokenizer.encode_ordinary, world.answers.index
-    drawn = torch.tensor([[2], [place(" not very dull")], [place(" dull")], [1]])
-    (row,) = world.rows(Drawn(*drawn))
-    assert row == (encode(" The curry was"), encode(" not very dull"), [*encode(" dull"), world.W])
-    (row,) = world.rows(Drawn(*torch.tensor([[0], [0], [len(world.answers) - 1], [1]])))
-    assert row == (encode(" The film was"), [world.W], encode(" quite quite quite"))
-
-
-def test_long_prompts_are_cut_on_the_left_exactly():
-    with pytest.warns(UserWarning, match="cut on the left.*: 1"):
-        (row,) = encode_pairs([Pair("abcdefgh", "xy", "z")], get_tokenizer("bytes"), 8)
-    assert bytes(row.prompt) == b"defgh" and len(row.prompt) + len(row.chosen) == 8
+def test_encode_pairs_closes_responses_and_cuts_prompts():
+    rows = encode_pairs([Pair("ab", "c", ""), Pair("a", "bc", "d")], BYTES, 16)
+    assert rows[0] == ([97, 98], [99, 256], [256]), "an empty response is the end token alone"
+    assert rows[1] == ([97], [98, 99, 256], [100, 256]), "no token straddles the boundary"
+    fits = Pair("abcde", "xy", "z"), Pair("a", "z", "x" * 6)
+    with pytest.warns(UserWarning, match="cut on the left to fit 8 tokens: 1"):
+        rows = encode_pairs([Pair("123abcde", "xy", "z"), fits[1]], BYTES, 8)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # what fits exactly is neither cut nor warned of
-        encode_pairs([Pair("defgh", "xy", "z")], get_tokenizer("bytes"), 8)
+        warnings.simplefilter("error")  # what fits exactly is neither cut nor dropped
+        assert encode_pairs(fits, BYTES, 8) == rows and bytes(rows[0].prompt) == b"abcde"
+    for bad in (Pair("a", "x" * 7, "z"), Pair("a", "z", "x" * 7), Pair("", "x", "z")):
+        with pytest.warns(UserWarning, match="pairs dropped.* 8 tokens: 1"):
+            assert encode_pairs([bad, *fits], BYTES, 8) == rows
+        with pytest.warns(UserWarning), pytest.raises(InputError, match="no pair fits into 8"):
+            encode_pairs([bad], BYTES, 8)
 
 
-def test_answers_are_never_cut():
-    pairs = [Pair("a", "x" * 7, "z"), Pair("a", "z", "x" * 6)]
-    with pytest.warns(UserWarning, match="pairs dropped.*: 1"):
-        (row,) = encode_pairs(pairs, get_tokenizer("bytes"), 8)
-    assert len(row.rejected) == 7
-    with pytest.warns(UserWarning), pytest.raises(InputError, match="no pair fits"):
-        encode_pairs(pairs[:1], get_tokenizer("bytes"), 8)
-    with pytest.warns(UserWarning, match="fills"), pytest.raises(InputError, match="no pair"):
-        encode_pairs([Pair("", "x", "z")], get_tokenizer("bytes"), 8)
+# Splits, batches, rows
+
+SPLITS = [(10, 0.0, 0), (10, 0.21, 3), (10, 0.3, 3), (10, 0.95, 9), (10, 1.0, 9), (2, 0.1, 1),
+          (1, 0.0, 0), (1, 0.1, 0), (1, 1.0, 0)]  # fmt: skip
 
 
-def test_pair_row_by_hand():
-    """Prompt of 2 tokens, chosen of 3, rejected of 2, beside a shorter row."""
-    rows = [TokenPair([5, 6], [7, 8, 0], [9, 0]), TokenPair([5], [0], [1, 0])]
-    batch = collate(rows, [0, 1])
-    assert batch.ids.tolist() == [[5, 6, 7, 8, 9], [5, 1, 0, 0, 0]]
-    assert batch.positions.tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
-    assert batch.targets.tolist() == [7, 8, 0, 0, 9, 0, 1, 0]
-    assert batch.owner.tolist() == [0, 0, 0, 1, 2, 2, 3, 3]
-    assert batch.score_at[batch.logits_row].tolist() == [1, 2, 3, 5, 1, 4, 5, 6]
-    assert batch.score_at.tolist() == [1, 2, 3, 4, 5, 6]  # the last prompt tokens score twice
-    assert batch.mask[0].int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 0],
-        [1, 1, 0, 0, 1],
-    ]
-    assert batch.mask[1].any(-1).all(), "a row that may look at nothing gives NaN"
+@pytest.mark.parametrize("prompts, fraction, n", SPLITS)
+def test_split_by_prompt(prompts, fraction, n):
+    """n of the prompts are held out, with all their pairs, and at least one never is."""
+    rows, ever = [TokenPair([i % prompts], [i, 0], [0]) for i in range(25)], set()
+    for seed in range(40):
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            train, held_out = data.split(rows, fraction, seeded(seed))
+        there = {row.prompt[0] for row in held_out}
+        assert len(there) == n and held_out == [row for row in rows if row.prompt[0] in there]
+        assert train == [row for row in rows if row.prompt[0] not in there], "one side only"
+        assert len(warned) == (prompts == 1 and fraction > 0), "a single prompt: none is held out"
+        assert all("have the same prompt" in str(warning.message) for warning in warned)
+        assert n == 0 or data.split(rows, fraction, seeded(seed)) == (train, held_out), "seeded"
+        ever |= there
+    assert ever == set(range(prompts)) or n == 0, "any prompt may be held out"
 
 
-def test_pair_row_of_answers_that_begin_alike_by_hand():
-    """Prompt 5, answers 7 8 0 and 7 9 6 0: 7 is fed once and predicted once, for both."""
-    batch = collate([TokenPair([5], [7, 8, 0], [7, 9, 6, 0])], [0])
-    assert batch.ids.tolist() == [[5, 7, 8, 9, 6]]
-    assert batch.positions.tolist() == [[0, 1, 2, 2, 3]]
-    assert batch.targets.tolist() == [7, 8, 0, 7, 9, 6, 0]
-    assert batch.owner.tolist() == [0, 0, 0, 1, 1, 1, 1]
-    assert batch.score_at[batch.logits_row].tolist() == [0, 1, 2, 0, 1, 3, 4]
-    assert batch.score_at.tolist() == [0, 1, 2, 3, 4]
-    assert batch.mask[0].int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 0, 1, 0],
-        [1, 1, 0, 1, 1],
-    ]
+@pytest.mark.parametrize("size", [1, 4, 5, 10, 15])
+def test_batches_hold_every_pair_once_an_epoch(size):
+    """The remainder of an epoch is carried into the next; the order is the seed's alone."""
+
+    def three_epochs(size, seed=0, length=lambda i: 1):
+        rows = [TokenPair([1] * length(i), [0], [0]) for i in range(10)]
+        stream = data.batches(rows, size, seeded(seed))
+        found = [next(stream) for _ in range(math.ceil(30 / size))]
+        assert all(batch.shape == (size,) for batch in found), "(batch_size,), the last one too"
+        return torch.cat(found)[:30].tolist()
+
+    order = three_epochs(size)
+    epochs = [order[:10], order[10:20], order[20:]]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 3, epochs
+    assert epochs[0] != epochs[1] != epochs[2] and list(range(10)) not in epochs, "shuffled anew"
+    assert order == three_epochs(1) != three_epochs(size, seed=1), "the order follows from the seed"
+    if 30 % size == 0:
+        by_length = [sorted(order[i : i + size], key=lambda i: -i) for i in range(0, 30, size)]
+        found = three_epochs(size, length=lambda i: 20 - i)
+        assert found == sum(by_length, []), "the same batches, rows of similar length together"
 
 
-def test_batches_cover_every_epoch_in_a_new_order():
-    rows = [([1] * (1 + i % 7), [1], [1]) for i in range(50)]
-
-    def epochs(seed):
-        stream = batches(rows, 8, torch.Generator().manual_seed(seed))
-        return [[next(stream).tolist() for _ in range(7)] for _ in range(2)]
-
-    first, second = epochs(0)
-    for epoch in (first, second):
-        assert sorted(i for batch in epoch for i in batch) == list(range(50))
-        assert sorted(map(len, epoch)) == [2] + [8] * 6
-    together = [{frozenset(batch) for batch in epoch} for epoch in (first, second)]
-    assert together[0] != together[1], "other pairs share a batch in the next epoch"
-    assert first != second and epochs(0) == [first, second] and epochs(1) != [first, second]
-    spread = [max(len(rows[i][0]) for i in b) - min(len(rows[i][0]) for i in b) for b in first]
-    assert max(spread) <= 2, "rows of similar length belong together"
-    shortest = [min(len(rows[i][0]) for i in batch) for batch in first]
-    assert shortest != sorted(shortest), "the batches themselves come in no order of length"
-    assert collate([TokenPair(*row) for row in rows], [4, 0]).pair_ids.tolist() == [4, 0]
+PAIRS = [TokenPair([5, 6], [7, 8, 0], [9, 0]), TokenPair([5], [0], [1, 2, 0])]
+COLLATED = {  # the pairs -> ids and mask, all chosen rows first, then all rejected rows
+    (0, 1): ("56780 50000 56900 51200", "00111 01000 00110 01110"),
+    (1, 0): ("50000 56780 51200 56900", "01000 00111 01110 00110"),
+    (1, 1): ("5000 5000 5120 5120", "0100 0100 0111 0111"),
+}
 
 
-def test_toy_rewards_by_hand():
-    world = ToyWorld()
-    for prompt, answer, reward in (
-        (" The film was", "", 0.0),
-        (" The film was", " good", 2.0),
-        (" The film was", " not very dull", 3.0),
-        (" The hotel was", " not very dull", 1.5),
-        (" The curry was", " funny", -2.0),
-        (" The film was", " good dull", 0.0),  # the mean of two opinions, not their sum
-        (" The film was", " not film good", 2.0),  # "not" turns the next word only
-        (" The film was", " good not", 2.0),
-        (" The hotel was", " good quiet", 1.75),  # again the mean
-    ):
-        assert world.reward(prompt, answer) == reward, (prompt, answer)
-    x, y = world.prompts.index(" The hotel was"), world.answers.index(" not very dull")
-    assert world.rewards[x, y] == 1.5
+@pytest.mark.parametrize("pair_ids", COLLATED, ids=str)
+def test_collate_by_hand(pair_ids):
+    wanted = [[list(map(int, row)) for row in table.split()] for table in COLLATED[pair_ids]]
+    ids, mask = data.collate(PAIRS, list(pair_ids))
+    assert [ids.tolist(), mask.int().tolist()] == wanted
+    assert (ids.dtype, mask.dtype) == (torch.long, torch.bool)
+    ids, mask = data.collate([row._replace(rejected=[]) for row in PAIRS], list(pair_ids))
+    longest = max(len(PAIRS[i].prompt + PAIRS[i].chosen) for i in pair_ids)
+    cut = [[row[:longest] for row in table[:2]] for table in wanted]
+    assert [ids.tolist(), mask.int().tolist()] == cut, "without a rejected response, B rows"
 
 
-def test_length_does_not_decide_the_reward():
-    world = ToyWorld()
-    for prompt in world.rewards:
-        length = torch.tensor([len(y.split()) for y in world.answers]).double()
-        assert abs(torch.corrcoef(torch.stack([prompt, length]))[0, 1]) < 0.1
+# The toy world
+
+REWARDS = {  # response -> r* after " The film was", after " The hotel was"
+    "": (0.0, 0.0), " good": (2.0, 2.0), " dull": (-2.0, -1.0), " quiet": (-0.5, 1.5),
+    " funny": (1.5, -0.5), " not dull": (2.0, 1.0), " very quiet": (-0.75, 2.25),
+    " not very dull": (3.0, 1.5), " very not good": (-3.0, -3.0), " very very good": (4.5, 4.5),
+    " not not good": (2.0, 2.0), " good not": (2.0, 2.0), " The film was": (0.0, 0.0),
+    " good dull": (0.0, 0.5),  # the mean of the opinions, not their sum
+    " not good funny": (-0.25, -1.25), " good good good": (2.0, 2.0),  # the degree is used up
+    " not film good": (2.0, 2.0), " not very film": (0.0, 0.0),  # and is lost on another word
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("size, prompts, answers", [("default", 3, 2955), ("small", 2, 1111)])
-def test_toy_sizes(size, prompts, answers):
-    world = ToyWorld(size)
-    assert world.rewards.shape == (prompts, answers) and len(set(world.answers)) == answers
+def test_toy_world_by_hand():
+    """1 + 10 + 100 + 1000 different responses; below 3 words with the end token, 10."""
+    rewards = {y: tuple(WORLD.rewards[:, PLACE[y]].tolist()) for y in REWARDS}
+    assert rewards == REWARDS, [y for y in REWARDS if rewards[y] != REWARDS[y]]
+    assert WORLD.rewards.shape == (2, 1111) and len(PLACE) == 1111
+    assert WORLD.prompts == [" The film was", " The hotel was"]
+    for response, ids in zip(WORLD.responses, WORLD.response_ids):
+        words = response.split()
+        assert ids == [WORDS.index(word) for word in words] + [10] * (len(words) < 3)
+    grammatical = itertools.product(("", " not"), ("", " very"), WORDS[4:8])
+    wanted = {f"{no}{very} {word}" for no, very, word in grammatical}
+    assert {WORLD.responses[i] for i in WORLD.grammatical.nonzero()} == wanted
+    lengths = torch.tensor([len(y.split()) for y in WORLD.responses]).double()
+    length_decides = torch.stack([*WORLD.rewards, lengths]).corrcoef()[2, :2]
+    assert length_decides.abs().max() < 0.1, "length must not decide the reward"
 
 
-def test_corpus_is_seeded_and_varied():
-    world = ToyWorld()
-    corpus = world.corpus(torch.Generator().manual_seed(0), n=5000)
-    assert corpus == world.corpus(torch.Generator().manual_seed(0), n=5000)
-    assert corpus != world.corpus(torch.Generator().manual_seed(1), n=5000)
-    answers = {tuple(row.chosen) for row in corpus}
-    assert answers < {tuple(ids) for ids in world.answer_ids}, "all are answers of the world"
-    encode = world.tokenizer.encode_ordinary
-    assert (world.W,) in answers and tuple(encode(" not very dull")) in answers
-    assert len(answers) > 500 and not any(row.rejected for row in corpus)
-    assert {world.tokenizer.decode(row.prompt) for row in corpus} == set(world.prompts)
-    clean = world.corpus(torch.Generator().manual_seed(0), n=5000, slip=0)
-    clean = {world.tokenizer.decode(row.chosen) for row in clean}
-    wanted = {
-        f"{no}{degree} {opinion}{'' if no and degree else END}"
-        for no in ("", " not")
-        for degree in ("", " very", " quite")
-        for opinion in ("good", "dull", "quiet", "funny", "hot", "cheap")
-    }
-    assert clean == wanted, "[not] [very | quite] and six opinions: 2 * 3 * 6 sentences"
+@pytest.mark.parametrize("slip", [0.2, 0.0, 1.0])
+def test_corpus_follows_its_law(slip):
+    """16 sentences, equally likely; each of 3 tokens slips, to any of the 11; cut after END."""
+    words = itertools.product(([], [8]), ([], [9]), range(4, 8))
+    sentences = torch.tensor([[*no, *very, word, 10, 10][:3] for no, very, word in words])
+    stay = torch.nn.functional.one_hot(sentences, 11).double()  # (16, 3, 11)
+    of_tokens = ((1 - slip) * stay + slip / 11).unbind(1)
+    joint = torch.einsum("sa,sb,sc->abc", *of_tokens) / 16
+    law = [joint[10].sum()[None], joint[:10, 10].sum(-1), joint[:10, :10, 10].flatten()]
+    law = torch.cat([*law, joint[:10, :10, :10].flatten()])  # in the order of WORLD.responses
+    given = {} if slip == 0.2 else {"slip": slip}  # the default
+    corpus, again, other = (WORLD.corpus(seeded(seed), **given) for seed in (0, 0, 1))
+    assert corpus == again != other and not any(row.rejected for row in corpus)
+    place = {tuple(ids): y for y, ids in enumerate(WORLD.response_ids)}
+    for prompt in ([0, 2, 1], [0, 3, 1]):
+        drawn = [place[tuple(row.chosen)] for row in corpus if row.prompt == prompt]
+        assert len(drawn) == 10_000, "each prompt gets half"
+        assert_drawn_from(law, torch.tensor(drawn))
 
 
 def test_labels():
-    world = ToyWorld("small")
-    logps = torch.full((2, 1111), 1 / 1111, dtype=torch.float64).log()
-
-    def draw(labels):
-        drawn = world.draw_pairs(logps, 20_000, labels, torch.Generator().manual_seed(0))
-        gap = (
-            world.rewards[drawn.prompt, drawn.chosen] - world.rewards[drawn.prompt, drawn.rejected]
-        )
-        return drawn, gap
-
-    hard, gap = draw("hard")
-    assert (hard.p == 1).all() and (gap < 0).any(), "annotators err now and then"
-    soft, gap = draw("soft")
-    assert torch.allclose(soft.p, 1 / (1 + (-gap).exp())) and (gap < 0).any() and (gap > 0).any()
-    deterministic, gap = draw("deterministic")
-    assert (deterministic.p == 1).all() and (gap >= 0).all()
-    with pytest.raises(KeyError):
-        draw("harsh")
+    uniform = torch.full((2, 1111), -math.log(1111), dtype=torch.float64)
+    p, lead = {}, {}
+    for labels in ("hard", "soft", "deterministic"):
+        x, chosen, rejected, p[labels] = WORLD.draw_pairs(uniform, 200_000, labels, seeded(0))
+        lead[labels] = WORLD.rewards[x, chosen] - WORLD.rewards[x, rejected]
+    assert all((p[labels] == 1).all() for labels in ("hard", "deterministic"))
+    assert (lead["deterministic"] >= 0).all(), "deterministic: the higher reward wins"
+    assert (lead["soft"] < 0).double().mean() > 0.3, "soft: the first is chosen, better or not"
+    expect(p["soft"], 1 / (1 + (-lead["soft"]).exp()), "soft: p is Eq. 1's")
+    for gap in (0.5, 1.0, 2.0):
+        near = lead["hard"][(lead["hard"].abs() - gap).abs() < 0.01]
+        noise = 2 / math.sqrt(len(near))  # 4 standard errors of a coin
+        why = f"Eq. 1: of two responses {gap} apart the better one wins with sigma({gap})"
+        expect((near > 0).double().mean(), 1 / (1 + math.exp(-gap)), why, noise + 0.002)
 
 
 def test_pairs_come_from_the_policy_and_the_seed():
-    world = ToyWorld("small")
-    logps = torch.full((2, 1111), -torch.inf, dtype=torch.float64)
-    logps[:, 3], logps[:, 7] = torch.tensor([0.75, 0.25], dtype=torch.float64).log()
+    logps, law = torch.full((2, 1111), -torch.inf, dtype=torch.float64), {}
+    for x, probs in enumerate(({3: 0.75, 7: 0.25}, {53: 0.1, 57: 0.9})):
+        logps[x, list(probs)] = torch.tensor(list(probs.values())).double().log()
+        both = itertools.product(probs.items(), repeat=2)  # independent, equal ones kept
+        law |= {(x, y, z): p * q / 2 for (y, p), (z, q) in both}
     draws = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)  # the global generator has no say
-        draws.append(world.draw_pairs(logps, 4000, "hard", torch.Generator().manual_seed(0)))
-    assert all(torch.equal(a, b) for a, b in zip(*draws))
-    both = torch.cat([draws[0].chosen, draws[0].rejected])
-    assert set(both.tolist()) == {3, 7} and abs((both == 3).double().mean() - 0.75) < 0.03
-    one = world.draw_pairs(logps, 1, "hard", torch.Generator().manual_seed(0))
-    assert len(one.p) == 1, "a prompt that no pair falls to is no problem"
-    assert set(draws[0].prompt.tolist()) == {0, 1}
-    logps[1] = logps[1].roll(50)  # each prompt has its own distribution
-    drawn = world.draw_pairs(logps, 100, "hard", torch.Generator().manual_seed(0))
-    for x, answers in ((0, {3, 7}), (1, {53, 57})):
-        assert set(drawn.chosen[drawn.prompt == x].tolist()) <= answers
-    i = (draws[0].chosen != draws[0].rejected).nonzero()[0].item()
-    x, y, z = (part[i] for part in draws[0][:3])
-    wanted = world.prompts[x], world.answers[y], world.answers[z]
-    texts = [world.tokenizer.decode(ids) for ids in world.rows(draws[0])[i]]
-    assert texts[0] == wanted[0] and [text.removesuffix(END) for text in texts] == [*wanted]
+    for seed in (0, 0, 1):
+        torch.rand(1)  # the global generator has no say
+        drawn = WORLD.draw_pairs(logps, 8000, "soft", seeded(seed))
+        draws.append(list(zip(*(column.tolist() for column in drawn[:3]))))
+    assert draws[0] == draws[1] != draws[2] and set(draws[0]) <= set(law)
+    drawn = torch.tensor([list(law).index(pair) for pair in draws[0]])
+    assert_drawn_from(torch.tensor(list(law.values())), drawn)
+    assert len(WORLD.draw_pairs(logps, 1, "hard", seeded(0)).p) == 1, "a prompt may get no pair"
+    places = [[1, 0], [PLACE[" not very dull"], 0], [PLACE[" dull"], 1110], [1, 1]]
+    wanted = [([0, 3, 1], [8, 9, 5], [5, 10]), ([0, 2, 1], [10], [9, 9, 9])]
+    assert WORLD.rows(Drawn(*torch.tensor(places))) == wanted, "prompt, chosen, rejected"
 
 
-def test_toy_world_enumeration_is_exact():
-    """The listed log-probs are those of pair rows, and they sum to 1."""
-    world = ToyWorld("small")
+def test_logps_of_every_response_are_exact():
+    """They sum to 1, and are response_logps of the same responses in plain rows."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(world.W + 1, 8, 16, 1, 2)).double()
+    model = GPT(GPTConfig(11, 8, 16, 1, 2)).double()
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
-    logps = world.logps(model)
-    assert logps.shape == (2, 1111), "1 + 10 + 100 + 1000 answers of up to 3 words to 2 prompts"
-    expect(logps.exp().sum(-1), [1.0, 1.0], "the listed answers are all there is")
-    low = world.logps(copy.deepcopy(model).float())
+    kept, logps = copy.deepcopy(model), WORLD.logps(model)
+    assert logps.shape == (2, 1111) and not logps.requires_grad
+    expect(logps.exp().sum(-1), [1.0, 1.0], "the listed responses are all there is")
+    x, y = torch.cartesian_prod(torch.arange(2), torch.arange(1111)).T
+    rows = WORLD.rows(Drawn(x, y, y.flip(0), y))
+    plain = dpo.response_logps(model, *data.collate(rows, range(2222))).view(2, -1)
+    expect(plain, torch.stack([logps[x, y], logps[x, y.flip(0)]]), "plain rows disagree", 1e-9)
+    assert all(map(torch.equal, model.parameters(), kept.parameters())), "it trains"
+    low = WORLD.logps(model.float())
     expect(low.exp().sum(-1), [1.0, 1.0], "softmax and sums in float64 whatever the model is")
-    assert not low.requires_grad
-    places = torch.cartesian_prod(torch.arange(2), torch.arange(1111)).T
-    rows = world.rows(Drawn(*places, places[1], places[1]))
-    chosen, rejected = dpo.response_logps(model, collate(rows, range(len(rows))))
-    expect(chosen, logps.flatten(), "enumeration and pair rows disagree", 1e-9)
-    expect(rejected, logps.flatten(), "enumeration and pair rows disagree", 1e-9)
 
 
-def test_toy_labels_follow_bradley_terry():
-    world = ToyWorld()
-    logps = torch.full((3, 2955), -math.log(2955), dtype=torch.float64)
-    drawn = world.draw_pairs(logps, 200_000, "hard", torch.Generator().manual_seed(0))
-    better = world.rewards[drawn.prompt, drawn.chosen] - world.rewards[drawn.prompt, drawn.rejected]
-    for gap in (0.5, 1.0, 2.0):
-        near = (better.abs() - gap).abs() < 0.01
-        frequency = (better[near] > 0).double().mean()
-        noise = 2 / math.sqrt(int(near.sum()))  # 4 standard errors of a coin
-        why = f"Eq. 1: of two answers {gap} apart the better one wins with sigma({gap})"
-        expect(frequency, 1 / (1 + math.exp(-gap)), why, noise + 0.002)
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_measure_by_hand(beta):
+    """After " The film was" only " good" and " dull", after " The hotel was" " good" and ""."""
+    p = torch.tensor([[0.75, 0.25], [0.5, 0.5]]).double()  # the policy, then the reference
+    q, r = torch.tensor([[[0.5, 0.5], [0.8, 0.2]], [[2, -2], [2, 0]]]).double()
+    logps, ref = torch.full((2, 2, 1111), -torch.inf, dtype=torch.float64)
+    for x, (y, z) in enumerate(((" good", " dull"), (" good", ""))):
+        logps[x, [PLACE[y], PLACE[z]]], ref[x, [PLACE[y], PLACE[z]]] = p[x].log(), q[x].log()
+    best = q * (r / beta).exp()  # (4), before its normaliser
+    best /= best.sum(-1, keepdim=True)
+    kl, missing, gap = ((a * (a / b).log()).sum(-1) for a, b in ((p, q), (p, best), (q, best)))
+    reward, kept = (p * r).sum(-1), (logps.clone(), ref.clone(), WORLD.rewards.clone())
+    for prompts in (slice(None), slice(0, 1), slice(1, 2)):
+        wanted = {"expected_reward": reward, "kl": kl, "objective": reward - beta * kl}
+        wanted |= {"kl_to_optimum": missing, "gap": gap}
+        wanted = {name: column[prompts].mean().item() for name, column in wanted.items()}
+        wanted["gap_closed"] = 1 - wanted["kl_to_optimum"] / wanted.pop("gap")
+        row = WORLD.measure(logps, ref, beta, *[prompts][: prompts != slice(None)])
+        assert row == pytest.approx(wanted, rel=1e-6) and type(row["kl"]) is float, prompts
+    assert all(map(torch.equal, kept, (logps, ref, WORLD.rewards))), "an argument is changed"
+
+
+@pytest.mark.parametrize("beta", [0.25, 1.0, 4.0])
+def test_measure_says_what_the_paper_says(beta):
+    """J(pi*) - J(pi) = beta KL(pi || pi*), and so gap closed is the fraction of J gained."""
+    ref, noise = torch.randn(2, 2, 1111, generator=seeded(0)).double().log_softmax(-1)
+    best = (ref + WORLD.rewards / beta).log_softmax(-1)  # (4)
+    policies = ref, best, (best + noise).log_softmax(-1)
+    start, end, row = (WORLD.measure(policy, ref, beta) for policy in policies)
+    assert (start["gap_closed"], start["kl"]) == (0, 0), "the reference has closed nothing"
+    expect([end["gap_closed"], end["kl_to_optimum"]], [1.0, 0.0], "pi* has closed all", 1e-12)
+    missed = end["objective"] - row["objective"]
+    expect(missed, beta * row["kl_to_optimum"], "J(pi*) - J(pi) = beta KL(pi || pi*)", 1e-9)
+    gained = 1 - missed / (end["objective"] - start["objective"])
+    expect(row["gap_closed"], gained, "gap closed: (J(pi) - J(ref)) / (J(pi*) - J(ref))", 1e-9)
+    assert math.isfinite(WORLD.measure(ref, ref, 1e12)["gap_closed"]), "no gap: no 0 / 0"

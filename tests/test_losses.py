@@ -11,14 +11,20 @@ import torch
 from experiments import losses as more
 from test_dpo import BEST, BETA, LABELS, LOSSES, PAIRS, RANKINGS, REF, REWARDS, WEIGHTS, I, J
 from test_dpo import descend, dpo, expect, f64
+from test_logps import Fixed
 
-# All pairs of answers, drawn from the reference: the share in which Y1 wins over Y2 (equal pairs
+# All pairs of responses, drawn from the reference: the share in which Y1 wins over Y2 (equal pairs
 # kept, so half of it for each order), and S(y), how often y beats a draw from the reference.
 Y1, Y2 = torch.cartesian_prod(torch.arange(27), torch.arange(27)).T
 P_WIN = 1 / (1 + (REWARDS[0, Y2] - REWARDS[0, Y1]).exp())
 DRAWN = REF[0, Y1].exp() * REF[0, Y2].exp() * P_WIN
 S = (P_WIN * REF[0, Y2].exp()).view(27, 27).sum(-1)
-LENGTHS = torch.tensor([[2, 3], [4, 1]], dtype=f64)  # tokens of the chosen and rejected answers
+LENGTHS = torch.tensor([[2, 3], [4, 1]], dtype=f64)  # tokens of the chosen and rejected responses
+
+
+def named(name):
+    """The loss of this name. Of a file that begins with `from dpo import *`, LOSSES is ours."""
+    return getattr(dpo, f"{name}_loss", None) or dpo.LOSSES[name]
 
 
 def derivatives(loss, logps, **settings):
@@ -46,21 +52,21 @@ BY_HAND = {
         [WEIGHTS[0] + 1 / 3, WEIGHTS[1] + 1 / 3],
     ),
     "ipo": ({}, [1.0, 64.0], [-4.0, 32.0]),
-    "hinge": ({}, [0.0, 4.5], [0.0, 1.0]),
+    "hinge": ({"beta": 0.6}, [0.0, 5.2], [0.0, 1.0]),  # at m = 1 it has a kink, and two slopes
 }
 
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_family_by_hand(name):
     settings, losses, pull = BY_HAND[name]
-    result = dpo.LOSSES[name](*PAIRS, beta=BETA, **settings)
-    expect(
-        getattr(result, "losses", result), losses, f"{name}: f(m) of README's table at m = 1, -3.5"
-    )
-    chosen, rejected, *_ = derivatives(dpo.LOSSES[name], PAIRS, beta=BETA, **settings)
+    settings = {"beta": BETA} | settings
+    result = named(name)(*PAIRS, **settings)
+    why = f"{name}: f(m) of README's table at m = 2 beta and -7 beta"
+    expect(getattr(result, "losses", result), losses, why)
+    chosen, rejected, *_ = derivatives(named(name), PAIRS, **settings)
     why = f"{name}: descent pulls on grad log pi(y_w) - grad log pi(y_l) with beta (-f'(m))"
-    expect(chosen, [-BETA * x for x in pull], why)
-    expect(rejected, [BETA * x for x in pull], why)
+    expect(chosen, [-settings["beta"] * x for x in pull], why)
+    expect(rejected, [settings["beta"] * x for x in pull], why)
 
 
 def test_the_names_are_these():
@@ -74,7 +80,7 @@ def test_family_is_convex_and_pulls_the_right_way(name):
     zero = torch.zeros_like(m)
 
     def f(chosen, rejected=zero, ref_chosen=zero, ref_rejected=zero):
-        result = dpo.LOSSES[name](chosen, rejected, ref_chosen, ref_rejected, beta=BETA)
+        result = named(name)(chosen, rejected, ref_chosen, ref_rejected, beta=BETA)
         return getattr(result, "losses", result)
 
     values = f(m / BETA)
@@ -82,10 +88,10 @@ def test_family_is_convex_and_pulls_the_right_way(name):
     expect(f(m / BETA + 3, zero + 1, zero + 2), values, f"{name}: a function of the margin alone?")
     rises = values.diff() / m.diff()
     assert (rises.diff() > -1e-9).all(), f"{name}: f is not convex, its slope falls somewhere"
-    grads = derivatives(dpo.LOSSES[name], torch.stack([m / BETA, zero, zero, zero]), beta=BETA)
+    grads = derivatives(named(name), torch.stack([m / BETA, zero, zero, zero]), beta=BETA)
     assert grads[0, 32] < 0, f"{name}: at a tie f'(0) must be negative, or nothing is learnt"
     expect(grads[1], -grads[0], f"{name}: chosen and rejected are pulled equally hard, apart")
-    result = dpo.LOSSES[name]((m / BETA).requires_grad_(), zero, zero, zero, beta=BETA)
+    result = named(name)((m / BETA).requires_grad_(), zero, zero, zero, beta=BETA)
     if hasattr(result, "weights"):
         expect(result.weights, -grads[0] / BETA, f"{name}: weights must be -f'(m)")
         assert not result.weights.requires_grad, f"{name}: weights carry no gradient: detach"
@@ -121,7 +127,7 @@ def test_robust_is_unbiased_over_label_flips_and_unbounded_below():
 
 
 def test_ipo_has_a_finite_target_for_a_sure_label():
-    """Two answers, p = 1: the margin stops at 1/2, so rho at 1 / (2 beta) = 5 for beta 0.1."""
+    """Two responses, p = 1: the margin stops at 1/2, so rho at 1 / (2 beta) = 5 for beta 0.1."""
     rho = torch.tensor([5.0, 0.0], dtype=f64)
     pair = torch.stack([rho, rho * 0, rho * 0, rho * 0])
     why = "ipo: 0 at rho = 5, and (1 / (2 beta))^2 = 25 at the reference"
@@ -191,7 +197,7 @@ def test_orpo_by_hand():
     expect(got, [math.log(2) + 0.1 * math.log(1.25)], why)
     pull = derivatives(more.orpo_loss, logps, alpha=0.1, **sizes(LENGTHS[:, :1]))
     # d log odds / d log p = 1 / (1 - p); sigma(-log 4) = 1/5
-    expect(pull[0], [-1 / 2 - 0.1 / 5 / 0.5 / 2], "orpo: both terms raise the chosen answer")
+    expect(pull[0], [-1 / 2 - 0.1 / 5 / 0.5 / 2], "orpo: both terms raise the chosen response")
     expect(pull[1], [0.1 / 5 / 0.8 / 4], "orpo: the odds ratio lowers the rejected one")
     assert not pull[2:].any(), "orpo: there is no reference"
 
@@ -204,14 +210,14 @@ def test_odds_are_stable(logp):
 
 
 def test_dpop_by_hand():
-    """Pair 0's chosen answer has not fallen; pair 1's has, by 3 nats: m = -3.5 - 0.5 * 2 * 3."""
+    """Pair 0's chosen response has not fallen; pair 1's has, by 3 nats: m = -3.5 - 0.5 * 2 * 3."""
     got = more.dpop_loss(*PAIRS, beta=BETA, alpha=2.0)
-    why = "dpop: Eq. 7 with the fine inside the sigmoid, only where chosen fell below the reference"
+    why = "dpop: the penalty stands inside the sigmoid, where chosen fell below the reference"
     expect(got, [LOSSES[0], math.log1p(math.exp(6.5))], why)
     pull = derivatives(more.dpop_loss, PAIRS, beta=BETA, alpha=2.0)
     sigma = 1 / (1 + math.exp(-6.5))
     expect(
-        pull[0], [-BETA * WEIGHTS[0], -BETA * sigma * 3], "dpop: the fine adds alpha to the pull"
+        pull[0], [-BETA * WEIGHTS[0], -BETA * sigma * 3], "dpop: the penalty adds alpha to the pull"
     )
     expect(pull[1], [BETA * WEIGHTS[0], BETA * sigma], "dpop: rejected as in Eq. 7")
 
@@ -241,7 +247,7 @@ def test_unlikelihood_has_an_optimum_below_its_threshold(share):
 
 
 def test_unlikelihood_is_unbounded_above_its_threshold():
-    """Take the worst answer's mass away, and the loss falls for ever: Table 3 in numbers."""
+    """Take the worst response's mass away, and the loss falls for ever: Table 3 in numbers."""
     threshold = (S / (1 - S)).min()
 
     def without_the_worst(logp, alpha):
@@ -256,7 +262,8 @@ def test_unlikelihood_is_unbounded_above_its_threshold():
     assert farther > far, "unlikelihood below its threshold: the loss must rise again"
 
 
-ALL = {**dpo.LOSSES, **{name: getattr(more, name) for name in dir(more) if name.endswith("_loss")}}
+ALL = {name: named(name) for name in dpo.LOSSES}
+ALL |= {name: getattr(more, name) for name in dir(more) if name.endswith("_loss")}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -287,7 +294,7 @@ def lapses(error, *calls, **settings):
     return found
 
 
-LOSS_LIKE = [dpo.dpo_loss, dpo.dpo_gradient, dpo.describe, *dpo.LOSSES.values()]
+LOSS_LIKE = [dpo.dpo_loss, dpo.dpo_gradient, dpo.describe, *map(named, dpo.LOSSES)]
 
 
 def test_extreme_rewards():
@@ -315,13 +322,13 @@ def test_other_shapes_that_would_broadcast_are_refused():
         (dpo.implicit_reward, PAIRS[0], PAIRS[1][:, None], 0.5),
         (dpo.plackett_luce_loss, torch.zeros(2, 3), torch.zeros(1, 3)),
         (dpo.plackett_luce_loss, torch.zeros(3), torch.zeros(3)),
-        (dpo.sequence_logps, torch.zeros(2, 3, 5), ids, mask),
+        (dpo.response_logps, Fixed(torch.zeros(2, 3, 5)), ids, mask),
     ]
     assert not lapses(AssertionError, *calls)
 
 
 def test_rankings_of_two_and_of_some():
-    """Eq. 18 with K = 2 is Eq. 1; and one answer comes before another as often as Eq. 1 says."""
+    """Eq. 18 with K = 2 is Eq. 1; and one response comes before another as often as Eq. 1 says."""
     rewards = torch.tensor([0.3, -1.2, 2.0, 0.7], dtype=f64)
     a, b, c, _ = rewards.exp().tolist()
     expect(dpo.plackett_luce_logps(rewards[:2]).exp(), a / (a + b), "Eq. 18 with K = 2 is Eq. 1")
@@ -330,7 +337,7 @@ def test_rankings_of_two_and_of_some():
     expect(p[ahead].sum(), a / (a + c), "Eq. 18: 0 comes before 2 as often as Eq. 1 says")
 
 
-def test_the_last_dimension_lists_the_answers():
+def test_the_last_dimension_lists_the_responses():
     """(..., Y): one prompt alone, and prompts in two dimensions, give what a table gives."""
     best, log_Z = dpo.optimal_policy(REF, REWARDS, BETA)
     J = dpo.rlhf_objective(best, REF, REWARDS, BETA)

@@ -1,155 +1,157 @@
-"""The transformer: causality, the pair row's arguments, sampling, files."""
+"""The transformer: causality, places, initialisation, sampling, and files in and out."""
 
+import errno
+import io
 import json
+import os
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from model import PUBLISHED, GPT, GPTConfig
+import data
+import dpo
+from model import PUBLISHED, GPT, GPTConfig, load, save, save_json, transposed
+
+TINY = GPTConfig(vocab_size=7, n_positions=10, n_embd=16, n_layer=2, n_head=2, eos_token_id=3)
+FULL = OSError(errno.ENOSPC, "No space left\non device")
 
 
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=7, n_positions=10, n_embd=16, n_layer=2, n_head=2))
+def gpt(seed=0):
+    torch.manual_seed(seed)
+    model = GPT(TINY)
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     return model
 
 
-def test_a_later_token_changes_no_earlier_logits(model):
-    ids = torch.randint(7, (2, 8))
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def raising(error):
+    def fails(*_, **__):
+        raise error
+
+    return fails
+
+
+# The transformer
+
+
+def test_a_token_changes_what_follows_and_nothing_before():
+    model, ids = gpt(), torch.randint(7, (2, 8))
     other = ids.clone()
     other[:, 5] = (other[:, 5] + 1) % 7
-    assert torch.equal(model(ids)[:, :5], model(other)[:, :5])
-    assert not torch.allclose(model(ids)[:, 5], model(other)[:, 5])
+    changed = (model(ids) - model(other)).abs().amax(-1) > 1e-4
+    assert changed.tolist() == [[False] * 5 + [True] * 3] * 2, "token 5 of 0 to 7 was changed"
+    torch.testing.assert_close(model(ids[:, :5]), model(ids)[:, :5])
+    with pytest.raises(AssertionError, match="11.*10"):
+        model(torch.zeros(1, 11, dtype=torch.long))
 
 
-def test_plain_mask_positions_and_places_change_nothing(model):
-    ids = torch.randint(7, (2, 8))
-    causal = torch.ones(8, 8).tril().bool().expand(2, 8, 8)
-    plain = model(ids)
-    positions = torch.arange(8).expand(2, 8)
-    torch.testing.assert_close(model(ids, positions, causal), plain)
-    at = torch.tensor([3, 0, 15, 8])
-    torch.testing.assert_close(model(ids, score_at=at), plain.flatten(0, 1)[at])
+@pytest.mark.parametrize("at", [[3, 0, 15, 8], [7], [2, 2], []], ids=str)
+def test_at_gives_the_logits_there_and_computes_no_others(at):
+    model, ids, at = gpt(), torch.randint(7, (2, 8)), torch.tensor(at, dtype=torch.long)
+    everywhere, states, seen = model(ids), model.hidden(ids), []
+    torch.testing.assert_close(model.ln_f(states) @ model.wte.weight.T, everywhere)  # (B, T, V)
+    torch.testing.assert_close(model.hidden(ids, at), states.flatten(0, 1)[at])
+    for part in (model.h[0].mlp.c_proj, model.h[1].mlp.c_proj, model.ln_f):
+        part.register_forward_hook(lambda *args: seen.append(tuple(args[-1].shape)))
+    torch.testing.assert_close(model(ids, at), everywhere.flatten(0, 1)[at])
+    assert seen == [(2, 8, 16), (len(at), 16), (len(at), 16)], "MLP of block 0, of the last; ln_f"
+    seen.clear()
+    rows = [data.TokenPair([1, 2, 4], [5, 5, 3], [3]), data.TokenPair([6], [3], [1, 3])]
+    dpo.response_logps(model, *data.collate(rows, [0, 1]))
+    assert seen[::2] == [(4, 5, 16), (7, 16)], "log pi(y|x): 4 rows of 6 tokens, 7 of them scored"
 
 
-def test_gpt2_has_124_million_parameters():
+def test_initial_weights_are_gpt2s():
+    """N(0, 0.02), the projections into the residual stream divided by sqrt(2 n_layer = 6)."""
+    torch.manual_seed(0)
+    for name, weight in GPT(GPTConfig(500, 64, 64, n_layer=3, n_head=2)).named_parameters():
+        layer, kind = name.split(".")[-2:]
+        if kind == "bias" or layer.startswith("ln_"):
+            assert (weight == (kind == "weight")).all(), f"{name}: a bias is 0, a gain 1"
+        else:
+            std = 0.02 / 6**0.5 if layer == "c_proj" else 0.02
+            found = f"{name}: N({weight.mean():.4f}, {weight.std():.4f}), not N(0, {std:.4f})"
+            assert abs(weight.std() / std - 1) < 0.05 and abs(weight.mean()) < 0.1 * std, found
     with torch.device("meta"):
-        model = GPT(GPTConfig())
-    assert sum(parameter.numel() for parameter in model.parameters()) == 124_439_808
+        size = sum(parameter.numel() for parameter in GPT(GPTConfig()).parameters())
+    assert size == 124_439_808, "the defaults are GPT-2's"
 
 
-def test_samples_follow_the_policy(model):
-    """20,000 samples of two tokens against the 49 probabilities, by chi-square."""
-    prompt = torch.tensor([[1, 2, 3]])
-    drawn = model.generate(prompt.expand(20_000, -1), 2)[:, 3:]
-    assert torch.equal(
-        prompt.expand(20_000, -1), model.generate(prompt.expand(20_000, -1), 1)[:, :3]
-    )
-    first = model(prompt)[0, -1].softmax(-1)
+# Sampling
+
+
+def assert_drawn_from(law, places):
+    """Pearson's chi-square, up to four standard deviations; rare places are counted together."""
+    counts, expected = places.bincount(minlength=len(law)), len(places) * law.double()
+    assert not counts[law == 0].any(), f"drawn, though impossible: {counts[law == 0].tolist()}"
+    rare = expected < 5
+    counts, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, expected))
+    chi_square = ((counts - expected) ** 2 / expected.clamp(min=0.1)).sum()
+    degrees = len(counts) - 1
+    limit = degrees + 4 * (2 * degrees) ** 0.5
+    assert chi_square < limit, f"chi-square {chi_square:.0f}, not about {degrees}"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_are_drawn_from_the_policy(temperature):
+    """The first, and the second given the first."""
+    model, prompt = gpt(), torch.tensor([[1, 2, 3]])
+    drawn = model.generate(prompt.expand(20_000, -1), 2, temperature)
+    assert (drawn[:, :3] == prompt).all(), "the prompt is changed"
     longer = torch.cat([prompt.expand(7, -1), torch.arange(7)[:, None]], 1)
-    expected = (20_000 * first[:, None] * model(longer)[:, -1].softmax(-1)).flatten().detach()
-    counts = (7 * drawn[:, 0] + drawn[:, 1]).bincount(minlength=49)
-    chi_square = ((counts - expected) ** 2 / expected).sum().item()
-    assert chi_square < 90, (
-        f"{chi_square:.0f}; 48 is expected and 84 is exceeded once in 1000 times"
-    )
+    first, second = (model(ids)[:, -1].double() / temperature for ids in (prompt, longer))
+    law = first.softmax(-1).T * second.softmax(-1)  # (7, 7)
+    assert_drawn_from(law.flatten(), 7 * drawn[:, 3] + drawn[:, 4])
 
 
-def test_nothing_follows_the_stop_token(model):
-    drawn = model.generate(torch.tensor([[1]]).expand(200, -1), 8, stop_token=4)[:, 1:]
-    assert drawn.shape == (200, 8)
-    for row in drawn.tolist():
-        if 4 in row:
-            assert set(row[row.index(4) :]) == {4}
-    assert any(4 in row for row in drawn.tolist())
+def test_greedy_against_a_plain_loop():
+    """Past n_positions = 10 the oldest tokens are forgotten; each row is what it is alone."""
+    model, grads, ids = gpt(), [], torch.tensor([[1, 2, 3], [4, 5, 6]])
+    wanted = ids
+    for _ in range(100):
+        likeliest = model(wanted[:, -10:])[:, -1].argmax(-1, keepdim=True)
+        wanted = torch.cat([wanted, likeliest], 1)
+    model.ln_f.register_forward_hook(lambda *args: grads.append(args[-1].requires_grad))
+    assert torch.equal(model.generate(ids, 100, temperature=0), wanted)
+    assert grads == [False] * 100, "sampling keeps a graph for gradients"
+    drawn = wanted[0, 3:].tolist()
+    end = next(token for token in drawn if token != drawn[0])
+    for eot, text in ((end, drawn[: drawn.index(end) + 1]), (7, drawn)):  # 7 is never drawn
+        tokenizer = types.SimpleNamespace(eot_token=eot, decode=list)
+        assert model.complete([1, 2, 3], tokenizer) == text, "up to the end, or 100 tokens"
 
 
-def test_temperature_and_top_k(model):
-    ids = torch.tensor([[1, 2, 3]])
-    logits = model(ids)[0, -1]
-    assert model.generate(ids, 1, temperature=0)[0, -1] == logits.argmax()
-    many = ids.expand(2000, -1)
-    assert set(model.generate(many, 1, top_k=2)[:, -1].tolist()) == set(
-        logits.topk(2).indices.tolist()
-    )
-    share = (model.generate(many, 1, temperature=0.5)[:, -1] == logits.argmax()).double().mean()
-    assert abs(share - (2 * logits).softmax(-1).max()) < 0.05
-    one = model.generate(many, 3, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(one, model.generate(many, 3, generator=torch.Generator().manual_seed(3)))
+@pytest.mark.parametrize("prompt", [[1], [4], [4, 1]], ids=["plain", "ends in stop", "holds stop"])
+def test_after_a_drawn_stop_token_there_are_only_stop_tokens(prompt):
+    """Draws with and without a stop token agree up to it. One in the prompt stops nothing."""
+    ids, stops = torch.tensor([prompt]).expand(200, -1), (None, 4)
+    seeds = (torch.Generator().manual_seed(1) for _ in stops)
+    free, stopped = (gpt().generate(ids, 8, 1.0, stop, seed) for stop, seed in zip(stops, seeds))
+    assert free.shape == stopped.shape == (200, len(prompt) + 8)
+    for was, row in zip(free[:, len(prompt) :].tolist(), stopped[:, len(prompt) :].tolist()):
+        n = was.index(4) + 1 if 4 in was else 8
+        assert row == was[:n] + [4] * (8 - n), f"{row} with the stop token 4, {was} without"
 
 
-def test_a_batch_is_its_rows_and_the_block_slides(model):
-    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    together = model.generate(ids, 12, temperature=0)
-    assert together.shape == (2, 15), "past n_positions = 10 the oldest tokens are forgotten"
-    for i in range(2):
-        assert torch.equal(model.generate(ids[i : i + 1], 12, temperature=0)[0], together[i])
+# GPT-2's files
 
 
-def test_save_and_load(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    again = GPT.from_pretrained(str(tmp_path))
-    assert again.config == model.config
-    for name, tensor in again.state_dict().items():
-        assert torch.equal(tensor, model.state_dict()[name]), name
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "pytorch_model.bin"]
-    stored = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
-    assert stored["transformer.h.0.mlp.c_fc.weight"].shape == (16, 64), "GPT-2 stores (in, out)"
-
-
-def test_unreadable_checkpoints_are_one_line(model, tmp_path):
-    def refused(says):
-        with pytest.raises(OSError) as error:
-            GPT.from_pretrained(str(tmp_path))
-        assert says in str(error.value) and "\n" not in str(error.value), error.value
-
-    refused("neither a folder")
-    (tmp_path / "config.json").write_text("{}")
-    refused("neither pytorch_model.bin")
-    model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    for wrong, says in (
-        ({"n_embd": 32}, "size mismatch for wte.weight"),
-        ({"n_layer": 9}, "h.2.ln_1.weight"),
-        ({"n_head": 3}, "n_head"),
-        ({"n_head": 0}, "unreadable"),
-        ({"n_embd": "16"}, "unreadable"),
-        ({"n_embd": -16}, "unreadable"),
-        ({"activation_function": "relu"}, "not GPT-2's architecture"),
-        ({"tie_word_embeddings": False}, "not GPT-2's architecture"),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps(config | wrong))
-        refused(says)
-    (tmp_path / "config.json").write_text("{")
-    refused("unreadable")
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "pytorch_model.bin").write_bytes(b"torn")
-    refused("unreadable")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    refused("unreadable")
-    torch.save([1], tmp_path / "pytorch_model.bin")
-    refused("unreadable")
-
-
-def test_a_torn_download_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "hub" / "checkpoints" / "gpt2.bin").write_bytes(b"torn")
-    with pytest.raises(OSError, match="gpt2: unreadable") as error:
-        GPT.from_pretrained("gpt2")
-    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value), "which to delete"
-
-
-def plain_gpt2(weights, ids, heads, layers):
+def plain_gpt2(weights, ids, heads=2, layers=2):
     """GPT-2 written down once more, straight from weights as its checkpoints hold them."""
     C = weights["wte.weight"].shape[1]
 
     def norm(x, name):
-        return F.layer_norm(x, (C,), weights[name + ".weight"], weights[name + ".bias"])
+        return F.layer_norm(x, (C,), weights[name + ".weight"], weights[name + ".bias"], 1e-5)
 
     def linear(x, name):
         return x @ weights[name + ".weight"] + weights[name + ".bias"]
@@ -169,79 +171,185 @@ def plain_gpt2(weights, ids, heads, layers):
     return norm(x, "ln_f") @ weights["wte.weight"].T
 
 
-def checkpoint(C, layers):
-    """Random weights under the names and in the layout of GPT-2's published checkpoints."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"wte.weight": (7, C), "wpe.weight": (10, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
-    for i in range(layers):
-        for name, d_in, d_out in (
-            ("attn.c_attn", C, 3 * C),
-            ("attn.c_proj", C, C),
-            ("mlp.c_fc", C, 4 * C),
-            ("mlp.c_proj", 4 * C, C),
-        ):
-            shapes |= {f"h.{i}.{name}.weight": (d_in, d_out), f"h.{i}.{name}.bias": (d_out,)}
-        for name in ("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"):
-            shapes[f"h.{i}.{name}"] = (C,)
-    return {name: 0.5 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
-def published_shapes(C, layers):
-    shapes = {name: tensor.shape for name, tensor in checkpoint(C, layers).items()}
-    return shapes | {"wte.weight": (50257, C), "wpe.weight": (1024, C)}
-
-
 @pytest.mark.parametrize("prefix", ["", "transformer."])
-def test_gpt2_checkpoints_mean_what_they_say(tmp_path, prefix):
-    weights = checkpoint(16, 2)
+@pytest.mark.parametrize("stream", [1, 1e-3], ids=["", "epsilon matters"])
+def test_gpt2_checkpoints_mean_what_they_say(tmp_path, prefix, stream):
+    """In float64. With a residual stream of size 1e-3, its variance is below LayerNorm's 1e-5."""
+    weights = transposed(gpt().state_dict())
+    for name in weights:
+        if name.startswith(("wte", "wpe")) or "c_proj" in name:
+            weights[name] *= stream
     stored = {prefix + name: tensor for name, tensor in weights.items()}
-    stored |= {
-        prefix + "h.0.attn.bias": torch.ones(10, 10),
-        "lm_head.weight": weights["wte.weight"],
-    }
-    torch.save(stored, tmp_path / "pytorch_model.bin")
+    stored |= {prefix + f"h.0.attn.{name}": torch.ones(10, 10) for name in ("bias", "masked_bias")}
+    torch.save(stored | {"lm_head.weight": weights["wte.weight"]}, tmp_path / "pytorch_model.bin")
     shape = {"vocab_size": 7, "n_positions": 10, "n_embd": 16, "n_layer": 2, "n_head": 2}
     (tmp_path / "config.json").write_text(json.dumps(shape | {"resid_pdrop": 0.1}))
+    model = GPT.from_pretrained(str(tmp_path))
+    assert model.config == replace(TINY, eos_token_id=50256), "what is absent is GPT-2's"
     ids = torch.tensor([1, 5, 2, 6, 0])
-    got = GPT.from_pretrained(str(tmp_path))(ids[None])[0]
-    torch.testing.assert_close(got, plain_gpt2(weights, ids, 2, 2), rtol=1e-4, atol=1e-4)
+    wanted = plain_gpt2({name: tensor.double() for name, tensor in weights.items()}, ids)
+    torch.testing.assert_close(model.double()(ids[None])[0], wanted, rtol=1e-9, atol=1e-11)
 
 
-def test_published_names(monkeypatch):
-    assert all(n_embd // n_head == 64 for n_embd, _, n_head in PUBLISHED.values())
-    layers = {name: n_layer for name, (_, n_layer, _) in PUBLISHED.items()}
-    assert layers == {"gpt2": 12, "gpt2-medium": 24, "gpt2-large": 36, "gpt2-xl": 48}
-    asked = []
+class Evil:
+    """In a file: code that makes a folder when it is read."""
 
-    def download(url, **settings):
-        asked.append((url, settings["weights_only"]))
-        raise OSError("no network")
+    def __init__(self, trace):
+        self.trace = trace
 
-    monkeypatch.setattr("torch.hub.load_state_dict_from_url", download)
-    with pytest.raises(OSError, match="no network"):
-        GPT.from_pretrained("gpt2")
-    shapes = {name: torch.zeros(shape) for name, shape in published_shapes(8, 3).items()}
-    monkeypatch.setitem(PUBLISHED, "tiny", (8, 3, 4))
-    monkeypatch.setattr("torch.hub.load_state_dict_from_url", lambda *_, **__: shapes)
-    tiny = GPT.from_pretrained("tiny").config
-    assert (tiny.n_embd, tiny.n_layer, tiny.n_head) == (8, 3, 4)
-    assert asked[0][0].endswith("/gpt2/resolve/main/pytorch_model.bin") and asked[0][1]
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
 
 
-def test_initial_weights_are_gpt2s():
-    torch.manual_seed(0)
-    weights = GPT(GPTConfig(500, 64, 64, 2, 2)).state_dict()
-    assert abs(weights["wte.weight"].std() - 0.02) < 0.001
-    assert abs(weights["h.1.mlp.c_proj.weight"].std() - 0.01) < 0.001, "0.02 / sqrt(2 n_layer)"
-    assert not weights["h.0.attn.c_attn.bias"].any() and (weights["ln_f.weight"] == 1).all()
+def refused(folder, *says):
+    with pytest.raises(OSError) as error:
+        GPT.from_pretrained(folder)
+    said = str(error.value)
+    assert said.startswith(f"{folder} is unreadable: ") and "\n" not in said, said
+    assert all(words in said for words in says), f"{said}: nothing of {says}"
 
 
-def test_generate_against_a_plain_loop(model):
-    ids = wanted = torch.tensor([[1, 2, 3]])
-    for _ in range(12):
-        likeliest = model(wanted[:, -10:])[:, -1].argmax(-1, keepdim=True)
-        wanted = torch.cat([wanted, likeliest], 1)
-    assert torch.equal(model.generate(ids, 12, temperature=0), wanted)
-    assert model.generate(ids, 1, top_k=100).shape == (1, 4), "more than there are is all"
-    stopped = model.generate(ids, 8, temperature=0, stop_token=wanted[0, 3].item())
-    assert stopped.shape == (1, 4), "all rows have stopped"
+def test_published_names(tmp_path, monkeypatch):
+    """Each size is downloaded once, and kept under its own name."""
+    sizes = (768, 12, 12), (1024, 24, 16), (1280, 36, 20), (1600, 48, 25)
+    assert PUBLISHED == dict(zip(("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"), sizes))
+    config, asked = GPTConfig(50257, 1024, 8, 3, 2), []
+
+    def download(url, path, *_, **__):
+        asked.append(url)
+        torch.save(transposed(GPT(config).state_dict()), path)
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setitem(PUBLISHED, "gpt2-medium", (8, 3, 2))
+    monkeypatch.setattr("torch.hub.download_url_to_file", download)
+    assert all(GPT.from_pretrained("gpt2-medium").config == config for _ in range(2))
+    folder = "https://huggingface.co/openai-community/gpt2-medium/resolve/main/"
+    assert asked == [folder + "pytorch_model.bin"]
+    kept = tmp_path / "hub" / "checkpoints" / "gpt2-medium.bin"
+    torch.save({"wte.weight": Evil(str(tmp_path / "it ran"))}, kept)
+    refused("gpt2-medium")
+    kept.write_bytes(b"torn")
+    refused("gpt2-medium", f"{kept} (if torn, delete it): ")
+    assert not (tmp_path / "it ran").exists(), "the file's code ran"
+
+
+def test_save_and_load(tmp_path):
+    folder, model = tmp_path / "new" / "folder", gpt()
+    model.save_pretrained(str(folder))
+    again = GPT.from_pretrained(str(folder))
+    assert again.config == model.config and same_weights(again, model)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "pytorch_model.bin"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "gpt2" and config["architectures"] == ["GPT2LMHeadModel"]
+    assert config["eos_token_id"] == config["bos_token_id"] == 3, "transformers stops at it"
+    stored = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    assert stored["transformer.h.0.mlp.c_fc.weight"].shape == (16, 64), "GPT-2 stores (in, out)"
+    assert all(tensor.is_contiguous() for tensor in stored.values()), "safetensors needs it"
+    for names in (["lm_head.weight"], ["lm_head.weight", "transformer.wte.weight"]):
+        embedding = stored.pop("transformer.wte.weight")
+        torch.save(stored | dict.fromkeys(names, embedding), folder / "pytorch_model.bin")
+        assert same_weights(GPT.from_pretrained(folder), model), f"the tied weight under {names}"
+        stored["transformer.wte.weight"] = embedding
+
+
+def test_safetensors_are_preferred_and_never_passed_over(tmp_path, monkeypatch):
+    """torch.load stands in for the package. tests/peers/check_gpt2.py has the real one."""
+    package = types.ModuleType("safetensors.torch")
+    package.load_file = lambda path: torch.load(io.BytesIO(path.read_bytes()))
+    monkeypatch.setitem(sys.modules, "safetensors", types.ModuleType("safetensors"))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", package)
+    gpt(1).save_pretrained(tmp_path / "older")
+    gpt(2).save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "model.safetensors")
+    assert same_weights(GPT.from_pretrained(tmp_path), gpt(2)), "model.safetensors alone"
+    (tmp_path / "older" / "pytorch_model.bin").rename(tmp_path / "pytorch_model.bin")
+    assert same_weights(GPT.from_pretrained(tmp_path), gpt(2)), "pytorch_model.bin was read"
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # as if it were not installed
+    refused(tmp_path, "safetensors")
+
+
+@pytest.mark.parametrize("fails", ["pytorch_model.bin", "config.json"])
+def test_what_transformers_would_prefer_is_removed_once_ours_is_there(tmp_path, monkeypatch, fails):
+    def move(source, target):
+        os.rename(source, target if Path(target).name != fails else tmp_path / "no" / "folder")
+
+    stale, kept = {"model.safetensors", "generation_config.json"}, {"tokenizer.json"}
+    for name in stale | kept:
+        (tmp_path / name).write_text("{}")
+    monkeypatch.setattr("os.replace", move)
+    with pytest.raises(OSError):
+        gpt().save_pretrained(tmp_path)
+    assert stale <= {path.name for path in tmp_path.iterdir()}, "the old weights are lost"
+    monkeypatch.undo()
+    gpt().save_pretrained(tmp_path)
+    ours = {"config.json", "pytorch_model.bin"}
+    assert {path.name for path in tmp_path.iterdir()} == ours | kept, "what is stale, or others'"
+
+
+BIN, CONFIG = "pytorch_model.bin", "config.json"
+REFUSED = [  # a file, what is changed in it, or what is in its place, and what is said
+    (CONFIG, {"n_embd": 32}, "size mismatch for wte.weight"),
+    (CONFIG, {"n_layer": 9}, "h.2.ln_1.weight"),
+    (CONFIG, {"n_layer": 1}, "h.1.ln_1.weight"),
+    (CONFIG, {"n_head": 3}, "not a multiple of n_head"),
+    (CONFIG, {"n_embd": "16"}, ""),
+    (CONFIG, {"activation_function": "relu"}, "architecture: {'activation_function': 'relu'}"),
+    (CONFIG, {"layer_norm_epsilon": 1e-6}, "architecture"),
+    (CONFIG, {"tie_word_embeddings": False}, "architecture"),
+    (CONFIG, {"scale_attn_weights": False}, "architecture"),
+    (CONFIG, {"scale_attn_by_inverse_layer_idx": True}, "architecture"),
+    (CONFIG, None, "No such file"), (CONFIG, b"", ""), (CONFIG, b"torn", ""), (CONFIG, b"[1]", ""),
+    (BIN, {"transformer.ln_f.bias": None}, "ln_f.bias"),
+    (BIN, {"transformer.h.0.more": torch.ones(1)}, "h.0.more"),
+    (BIN, {"transformer.wte.weight": "text"}, "wte.weight"),
+    (BIN, {"lm_head.weight": torch.ones(7, 16)}, "lm_head.weight differs from the embedding"),
+    (BIN, {"lm_head.weight": torch.ones(8, 16)}, "lm_head.weight differs from the embedding"),
+    (BIN, {"code": Evil("it ran")}, BIN),
+    (BIN, None, "No such file"), (BIN, b"", BIN), (BIN, b"torn", BIN), (BIN, "half", BIN),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("file, change, says", REFUSED, ids=str)
+def test_other_or_damaged_files_are_refused_in_one_line(tmp_path, monkeypatch, file, change, says):
+    monkeypatch.chdir(tmp_path)
+    gpt().save_pretrained(tmp_path)
+    path = tmp_path / file
+    whole = path.read_bytes()
+    path.unlink()
+    if isinstance(change, dict) and file == CONFIG:
+        path.write_text(json.dumps(json.loads(whole) | change))
+    elif isinstance(change, dict):
+        state = torch.load(io.BytesIO(whole)) | change
+        torch.save({name: value for name, value in state.items() if value is not None}, path)
+    elif change is not None:
+        path.write_bytes(whole[: len(whole) // 2] if change == "half" else change)
+    refused(tmp_path, says)
+    assert not Path("it ran").exists(), "the file's code ran"
+
+
+# save, save_json
+
+
+@pytest.mark.parametrize("what, error", [
+    ("torch.save", FULL), ("torch.save", RuntimeError("[enforce fail]\nunexpected pos")),  # torch's
+    ("torch.save", KeyboardInterrupt()), ("os.replace", FULL),
+], ids=str)  # fmt: skip
+def test_a_failed_save_leaves_the_old_file_and_no_half_one(tmp_path, monkeypatch, what, error):
+    path = tmp_path / "file"
+    for write in (save, save_json) if what == "os.replace" else (save,):
+        write({"step": 1}, path)
+        before = path.read_bytes()
+        monkeypatch.setattr(what, raising(error))
+        with pytest.raises((OSError, KeyboardInterrupt)) as found:
+            write({"step": 2}, str(path))
+        monkeypatch.undo()
+        assert what == "os.replace" or "\n" not in str(found.value)
+        assert path.read_bytes() == before, "the old file is damaged"
+        assert write is save_json or list(tmp_path.iterdir()) == [path], "half a file is left"
+
+
+@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_fsync_is_no_failure(tmp_path, monkeypatch, refusal):
+    monkeypatch.setattr("os.fsync", raising(OSError(refusal, "refused")))
+    save({"step": 1}, tmp_path / "file.pt")
+    assert load(tmp_path / "file.pt") == {"step": 1}

@@ -1,96 +1,102 @@
-"""What README names exists: its commands, flags, files, functions and tests."""
+"""What the README files name exists: commands, flags, files, tests; their numbers are measured."""
 
 import ast
 import csv
-import json
 import math
 import re
 import shlex
 import subprocess
 import sys
-from dataclasses import fields
 
-import nbformat
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import cli
 import data
 import dpo
+import train
 from experiments import animate, frontier, lab, verdicts
-from experiments import losses as more
-from test_notebook import printed_by, steps_of
-
 
 ROW = re.compile(r"^\| (.*) \| `(\w+)` \| `(test_\w+)` \|$", re.MULTILINE)
+FOLDERS = ".", "experiments", "tests"
+
+
+@pytest.fixture
+def readme(root):
+    return (root / "README.md").read_text()
+
+
+@pytest.fixture
+def texts(root):
+    return {folder: (root / folder / "README.md").read_text() for folder in FOLDERS}
 
 
 def numbers(text):
-    """The equations that a cell of the table names: "11 to 15" are five."""
-    text = re.sub(r"(Definition|Lemma|Theorem|Proposition|section|footnote) \d+", "", text)
-    text = re.sub(
-        r"(\d+) to (\d+)", lambda m: " ".join(map(str, range(int(m[1]), int(m[2]) + 1))), text
-    )
-    return {int(n) for n in re.findall(r"\b\d+\b", text.replace("A.4", ""))}
+    """The equations that a cell of the table names."""
+    text = re.sub(r"section \d+", "", text)
+    return {int(n) for n in re.findall(r"\b\d+\b", text)}
 
 
-def test_commands_flags_and_names(root):
-    readme = (root / "README.md").read_text()
-    flags = {"--" + field.name.replace("_", "-") for field in fields(cli.Config)}
-    flags |= {"--no-decay", "--help", "--generated", "--quick"}
-    flags |= {"--steps", "--only", "--shape", "--grow"}  # of experiments/bench.py
-    flags |= {"--nproc_per_node", "--nnodes", "--rdzv-endpoint"}  # of torchrun
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", readme)) <= flags
-    named = re.findall(r"`((?:\w+/)*\w+\.(?:py|ipynb|txt|md))`", readme)
-    linked = re.findall(r"\]\((?!https:)([^)]+)\)", readme)
-    for name in named + linked:
-        assert name in ("my_dpo.py", "grading/dpo.py") or (root / name).exists(), name
-    assert not re.search(r"@[A-Z]+@", readme), "a number was never filled in"
-    for name in re.findall(r"`(\w+_loss)`", readme):
-        assert name == "my_loss" or hasattr(dpo, name) or hasattr(more, name), name
+def test_readme_is_two_screens(readme):
+    assert readme.count("\n") <= 200 and len(readme.split()) <= 2000
+    assert not re.search(r"@[A-Z0-9]+@", readme), "a number was never filled in"
 
 
-def test_the_table_of_equations(root):
+def test_flags_and_names(root, texts, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    flags = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) | {"--help"}
+    flags |= {"--quick", "--steps", "--generated", "--nproc_per_node"}  # not of train.py
+    for folder, text in texts.items():
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text)) <= flags
+        named = re.findall(r"`((?:\w+/)*\w+\.(?:py|ipynb|txt|md))`", text)
+        named = [root / name for name in named if name != "my_dpo.py"]
+        named += [root / folder / name for name in re.findall(r"\]\((?!https:)([^)]+)\)", text)]
+        for path in named:
+            assert path.exists(), f"{folder}/README.md names {path}"
+
+
+def test_the_table_of_equations(root, readme):
     """Each row's function and test exist, and the test is named after the row's equations."""
-    tests = (root / "test_dpo.py").read_text()
-    rows = ROW.findall((root / "README.md").read_text())
-    assert set().union(*(numbers(what.split(",")[0]) for what, *_ in rows)) >= set(range(1, 21))
+    tests, rows = (root / "test_dpo.py").read_text(), ROW.findall(readme)
+    named = set().union(*(numbers(what.split(",")[0]) for what, *_ in rows))
+    assert named == {1, 2, 3, 4, 5, 6, 7, 18, 19, 20}
     for what, function, test in rows:
         assert callable(getattr(dpo, function)), function
         assert f"def {test}(" in tests, test
         body = tests.split(f"def {test}(")[1].split("\ndef ")[0]
-        named = set(map(int, re.findall(r"eq(\d+)", test)))
-        if re.search(r"eq(\d+)_to_eq(\d+)", test):
-            named |= set(range(min(named), max(named) + 1))
-        assert numbers(what.split(",")[0]) <= named, (what, test)
-        used = f"dpo.{function}" in body or "slopes(" in body or "projected(" in body
-        assert used, f"{test} does not call {function}"
+        in_name = set(map(int, re.findall(r"eq(\d+)", test)))
+        assert numbers(what.split(",")[0]) <= in_name, (what, test)
+        assert f"dpo.{function}" in body, f"{test} does not call {function}"
 
 
-def test_every_number_cited_in_dpo_has_its_row_and_its_test(root):
+def test_every_number_cited_in_dpo_has_its_row_and_its_test(root, readme):
     """A number in brackets at the end of a line belongs to the function that the table names."""
-    source = (root / "dpo.py").read_text()
-    rows = ROW.findall((root / "README.md").read_text())
-    tests = (root / "test_dpo.py").read_text()
-    cited = set()
+    source, rows = (root / "dpo.py").read_text(), ROW.findall(readme)
+    tests, cited = (root / "test_dpo.py").read_text(), set()
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef):
-            lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
-            for number in map(int, re.findall(r"# .*?\((\d+)\)", "\n".join(lines))):
+            text = "\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno])
+            for number in map(int, re.findall(r"# .*?\((\d+)\)", text)):
                 cited.add(number)
                 assert f"def test_eq{number}_" in tests, f"Eq. {number} has no test"
                 holders = [f for what, f, _ in rows if number in numbers(what)]
-                calls = [holder for holder in holders if f"{holder}(" in "\n".join(lines)]
+                calls = [holder for holder in holders if f"{holder}(" in text]
                 assert node.name in holders or calls, f"({number}) stands in {node.name}"
     assert cited >= {1, 2, 3, 4, 5, 6, 7, 18, 19}
 
 
-def test_the_training_commands_parse(root, tmp_path, monkeypatch):
-    """The command line takes every `python train.py ...` of README."""
-    text = (root / "README.md").read_text()
-    commands = re.findall(r"\bpython train\.py( [^`\n|&,]*)?", text)
+def test_the_loss_that_readme_shows_is_the_loss(root, readme):
+    block = re.search(r"## The loss\n\n```python\n(.*?)```", readme, re.S)[1]
+    source = (root / "dpo.py").read_text()
+    for line in block.splitlines():
+        assert line in source, f"dpo.py has no line {line}"
+
+
+def test_the_training_commands_parse(root, texts, tmp_path, monkeypatch):
+    """The command line takes every `python train.py ...` of the README files."""
+    commands = re.findall(r"\bpython train\.py( [^`\n|&,]*)?", "".join(texts.values()))
     assert len(commands) >= 10
     monkeypatch.setitem(dpo.LOSSES, "my_loss", dpo.ipo_loss)  # exercise 8
     (tmp_path / "my_dpo.py").write_text("from dpo import dpo_loss as my_loss")
@@ -98,24 +104,23 @@ def test_the_training_commands_parse(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for command in commands:
         if "--help" not in command and "--resume" not in command:  # that one asks for a run
-            cli.parse_args(shlex.split(command))
+            train.load_loss(train.parse_args(shlex.split(command)))
 
 
-def test_the_experiments_exist_and_take_quick(root):
-    """Each `python -m experiments.x [--quick]` of README is a file with a main of its own."""
-    readme = (root / "README.md").read_text()
-    names = set(re.findall(r"python -m experiments\.(\w+)", readme))
-    assert names >= {"rlhf", "frontier", "claims", "verdicts"}
+def test_the_experiments_exist(root, texts):
+    """Each `python -m experiments.x` is a file with a main of its own that says how to start it."""
+    names = set(re.findall(r"python -m experiments\.(\w+)", "".join(texts.values())))
+    assert names >= {"rlhf", "frontier", "claims", "verdicts", "animate", "bench", "sample"}
     for name in names:
         source = (root / "experiments" / f"{name}.py").read_text()
         assert 'if __name__ == "__main__":' in source, name
         assert f"python -m experiments.{name}" in source, f"{name}.py says how to start it"
 
 
-def test_the_table_of_losses(root):
-    """f(m) and -f'(m), as README writes them, are what dpo.LOSSES computes."""
-    readme = (root / "README.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| ([^|`]+) \| ([^|`]+) \|", readme, re.MULTILINE)
+def test_the_table_of_losses(texts):
+    """f(m) and -f'(m), as the table writes them, are what dpo.LOSSES computes."""
+    text = texts["experiments"]
+    rows = re.findall(r"^\| `(\w+)` \| ([^|`]+) \| ([^|`]+) \|", text, re.MULTILINE)
     assert [name for name, *_ in rows] == list(dpo.LOSSES)
     m, zero = torch.tensor([-3.0, -0.3, 0.2, 0.9, 2.5]).double(), torch.zeros(5).double()
     python = {" log sigma": " * logsig", "log sigma": "logsig", "2e": "2 * e", "2m": "2 * m"}
@@ -134,23 +139,38 @@ def test_the_table_of_losses(root):
         torch.testing.assert_close(-grad / 0.5, pull, msg=f"{name}: -f'(m)")
 
 
-def test_the_example_file_loads(root, tmp_path):
-    from data import load_pairs
-
-    lines = [line for line in (root / "README.md").read_text().splitlines() if line[:2] == '{"']
+def test_the_example_file_loads(readme, tmp_path):
+    lines = [line for line in readme.splitlines() if line[:2] == '{"']
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    assert len(load_pairs(tmp_path / "pairs.jsonl")) == 3
+    assert len(data.load_pairs(tmp_path / "pairs.jsonl")) == 3
 
 
-def test_ci_runs_the_test_command_of_the_readme(root):
-    commands = re.findall(r"^python3 -m venv .*$", (root / "README.md").read_text(), re.MULTILINE)
-    assert [command.split("&& ")[-1] for command in commands] == [
-        ".venv/bin/python train.py",
-        ".venv/bin/python -m pytest",
-    ]
+def test_ci_runs_the_test_command_of_the_readme(root, readme):
+    commands = re.findall(r"^python3 -m venv .*$", readme, re.MULTILINE)
+    ends = [command.split("&& ")[-1] for command in commands]
+    assert ends == [".venv/bin/python train.py", ".venv/bin/python -m pytest"]
     ci = (root / ".ci" / "run").read_text()
-    assert "command=$(grep --max-count=1 -- '-m pytest$' README.md)" in ci
-    assert ci.rstrip().endswith('bash -c "$command"')
+    assert "command=$(grep --max-count=1 -- '-m pytest$' README.md)\n" in ci
+    assert 'bash -c "$command"\n.venv/bin/python -m pytest -m slow\n' in ci
+
+
+@pytest.mark.slow
+def test_the_first_command_prints_what_readme_shows(root, readme, tmp_path):
+    """`python train.py`: the same lines, with the numbers that another machine may get."""
+    block = next(b for b in re.findall(r"```\n(.*?)```", readme, re.S) if "The film was" in b)
+    command = [sys.executable, str(root / "train.py")]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "DPO 1/1172  loss 0.6931  margin 0.0000  weight 0.5000" in ran, "the first loss is log 2"
+
+    def words(line):
+        return " ".join(re.sub(r"[-+]?\d+\.?\d*", "#", line).split())
+
+    printed = {words(line): line for line in reversed(ran.splitlines())}  # the first of equal ones
+    for line in block.splitlines():
+        assert words(line) in printed, f"not printed: {line}"
+        got, wanted = (re.findall(r"[-+]?\d+\.\d+", x) for x in (printed[words(line)], line))
+        for a, b in zip(map(float, got), map(float, wanted)):
+            assert abs(a - b) < 0.05 * (1 + abs(b)), f"{printed[words(line)]}, not {line}"
 
 
 # What assets/ holds
@@ -176,15 +196,17 @@ def test_the_committed_dots_lie_below_the_curve(root):
                 assert kl <= math.log(n) - (n - 1) / n + 1e-6, row
 
 
-def test_readme_shows_the_claims_as_measured(root):
-    """README has assets/claims.md line for line, and that follows from the CSV files beside it."""
-    readme = (root / "README.md").read_text()
+def test_the_claims_are_as_measured(root, texts):
+    """assets/claims.md follows from the CSV files beside it; experiments/README.md has it line for
+    line, and README the claims with their verdicts."""
     table = (root / "assets" / "claims.md").read_text().splitlines()
     assert len(table) == 2 + len(verdicts.CLAIMS) == 10
     for claim, line in zip(verdicts.CLAIMS, table[2:]):
-        assert line in readme, f"README's row of {claim.__name__} is out of date"
+        assert line in texts["experiments"], f"the row of {claim.__name__} is out of date"
         _, row = verdicts.verdict(claim, root / "assets")
         assert row == line, f"assets/claims.md is out of date: {claim.__name__}"
+        title, *_, holds = line.strip("| ").split(" | ")
+        assert f"| {title} | {holds} |" in texts["."], f"README on {claim.__name__}"
 
 
 def test_the_tables_in_assets_are_as_measured(root):
@@ -241,69 +263,3 @@ def test_the_animation_ends_near_the_optimum(root, tmp_path):
             gif.seek(gif.n_frames - 1)
             last = np.asarray(gif.convert("RGB")).astype(int)
         assert 0.02 < (abs(first - last).max(-1) > 60).mean() < 0.5, "bars and title have moved"
-
-
-# What a reader is promised
-
-
-def test_the_questions_are_answered_by_the_notebook(root):
-    """Ten answers; each names its steps, and its numbers are what the notebook printed there."""
-    readme = (root / "README.md").read_text()
-    section = readme.split("## Questions that everyone asks")[1].split("\n## ")[0]
-    answers = re.findall(
-        r"^\d+\. \*\*(.*?)\*\* \(steps? ([\d, ]+)\)(.*?)(?=^\d+\. |\Z)", section, re.M | re.S
-    )
-    assert len(answers) == 10
-    notebook = nbformat.read(root / "notebook.ipynb", as_version=4)
-    printed = {step: printed_by(cells) for step, cells in steps_of(notebook).items()}
-    for question, steps, answer in answers:
-        known = [
-            float(n) for s in steps.split(", ") for n in re.findall(r"-?\d+\.\d+", printed[int(s)])
-        ]
-        for number in re.findall(r"-?\d+\.\d+", answer):
-            digits = len(number.split(".")[1])
-            near = {round(abs(value), digits) for value in known} | {
-                round(v, digits) for v in known
-            }
-            assert float(number) in near, f"{question} {number} is not printed in steps {steps}"
-
-
-def test_the_recipes_for_other_forms(root, tmp_path, monkeypatch, capsys):
-    """README's lines of Python turn lists of messages and a JSON array into pairs."""
-    said = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
-    asked = [*said, {"role": "user", "content": "Why?"}]
-    answers = [[{"role": "assistant", "content": text}] for text in ("Since.", "No.")]
-    row = dict(zip(("prompt", "chosen", "rejected"), (asked, *answers)))
-    (tmp_path / "messages.jsonl").write_text(json.dumps(row) + "\n")
-    pairs = [data.Pair("2 + 2 =", "4", "5"), data.Pair("3 + 3 =", "6", "7")]
-    (tmp_path / "array.json").write_text(json.dumps([pair._asdict() for pair in pairs]))
-    monkeypatch.chdir(tmp_path)
-    recipes = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.S)
-    talk = "\n\nUser: Hi.\n\nAssistant: Hello.\n\nUser: Why?\n\nAssistant:"
-    for recipe, wanted in zip(recipes, ([(talk, " Since.", " No.")], pairs), strict=True):
-        exec(recipe, {})
-        (tmp_path / "pairs.jsonl").write_text(capsys.readouterr().out)
-        assert data.load_pairs(tmp_path / "pairs.jsonl") == wanted
-
-
-@pytest.mark.notebook
-def test_the_first_command_prints_what_readme_shows(root, tmp_path):
-    """`python train.py`, with the numbers that another machine may get; samples are free."""
-    readme = (root / "README.md").read_text()
-    block = next(b for b in re.findall(r"```\n(.*?)```", readme, re.S) if "samples before" in b)
-    command = [sys.executable, str(root / "train.py")]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    shown, printed = (
-        {" ".join(re.sub(r"-?\d+\.?\d*", "#", line).split()) for line in text.splitlines()}
-        for text in (block, ran)
-    )
-    for line in shown - {"..."}:
-        assert line.startswith("The ") or line in printed, f"not printed: {line}"  # or a sample
-    first = "DPO 1/2352  loss 0.6931  margin 0.0000  weight 0.5000  "
-    assert first in block and first in ran, "log 2"
-    for row in ("reference", "dpo", "optimum"):
-        got, wanted = (
-            list(map(float, next(re.finditer(rf"^{row} .*$", text, re.M))[0].split()[1:]))
-            for text in (ran, block)
-        )
-        assert all(abs(a - b) < 0.03 * (1 + abs(b)) for a, b in zip(got, wanted)), (row, got)

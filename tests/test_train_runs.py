@@ -1,467 +1,391 @@
-"""A run that is killed, interrupted, out of disk or shared among processes: nothing is lost."""
+"""A run that is interrupted, killed, resumed, shared among processes, or pointed at a folder."""
 
-import dataclasses
+import io
 import json
 import os
-import resource
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import warnings
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-import cli
 import data
 import model
 import train
-from experiments import sample
 from test_dpo import expect
-from test_logps import ROWS, tiny_gpt
-from test_train import SMALL, command, dpo_losses, write_pairs
+from test_train import ROOT, ROWS, SMALL, assert_same_weights, gpt, lines_of, oracle, run, settings
+from test_train import quick, spy, step, summary_of, write_pairs  # noqa: F401
 
-TOY = "--world small --pairs 2000 --sft-epochs 0.5 --epochs 8 --beta 0.5 --save-every 8".split()
-TIMES = "pairs_per_second", "seconds", "config"
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-# Python that runs train.py with these flags and is killed as `kill -9` would, at a chosen call
-KILLED = """
-import os, signal, sys, model, train
-module, name, calls = sys.argv[1], sys.argv[2], int(sys.argv[3])
-module = {"train": train, "model": model, "torch": model.torch}[module]
-real = getattr(module, name)
-def counted(*args, **kwargs):
-    global calls
-    calls -= 1
-    if calls == 0:
-        if name == "save" and module is model.torch:  # in the middle of writing
-            args[1].write(b"half a file")
-            args[1].flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **kwargs)
-setattr(module, name, counted)
-train.main(sys.argv[4:])
-"""
-POINTS = {  # module, function, at which call; 20 steps of SFT, then 32 of DPO
-    "in SFT": ("train", "backward", 11),
-    "in the reference's pass": ("train", "all_logps", 1),
-    "in DPO, before a checkpoint": ("train", "backward", 20 + 5),
-    "in DPO, three steps after a checkpoint": ("train", "backward", 20 + 20),
-    "while a checkpoint is written": ("torch", "save", 4),  # after reference, its sums, step 8
-}
+TOY = "--batch-size 32 --pairs 320 --epochs 2 --sft-epochs 0.016".split()  # 10 and 20 steps
+TOY += ["--save-every", 8, "--eval-every", 5]
 
 
-def weights(out):
-    return torch.load(Path(out) / "policy" / "pytorch_model.bin")
+def stopped(monkeypatch, module, name, call, *flags):
+    """A run that Ctrl-C stops at this call of a function; a file is half-written then."""
+    calls, real = [], getattr(module, name)
+
+    def counted(*args):
+        calls.append(args)
+        if len(calls) == call:
+            if module is torch:
+                args[1].write(b"half a file")
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, name, counted)
+        run(*flags)
 
 
 def assert_same_run(out, whole):
-    """Weights and metrics to the last bit, but for what is a time; the table."""
-    for name, tensor in weights(whole).items():
-        assert torch.equal(weights(out)[name], tensor), f"{name} differs from that of a whole run"
-    lines = [
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (out, whole)
-    ]
-    for resumed, wanted in zip(*lines, strict=True):
-        for key in wanted.keys() - set(TIMES):
-            assert resumed[key] == wanted[key], f"{key} at step {wanted['step']}"
-    tables = [json.loads((folder / "summary.json").read_text()) for folder in (out, whole)]
-    assert tables[0]["rows"] == tables[1]["rows"]
+    """Not a bit differs in weights, metrics and table."""
+    for name in ("reference", "policy"):
+        assert_same_weights(out / name, whole / name)
+    assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert summary_of(out)["rows"] == summary_of(whole)["rows"]
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nothing disturbs."""
     out = tmp_path_factory.mktemp("whole")
-    train.main([*TOY, "--out", str(out)])
+    run(*TOY, "--out", out)
     return out
 
 
-@pytest.mark.parametrize("point", POINTS)
-def test_a_killed_run_is_resumed_to_the_same_weights(point, whole, root, tmp_path):
-    args = [sys.executable, "-c", KILLED, *map(str, POINTS[point]), *TOY, "--out", tmp_path]
-    killed = subprocess.run(args, cwd=root, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not (tmp_path / "summary.json").exists()
-    train.main(["--resume", "--out", str(tmp_path)])
-    assert_same_run(tmp_path, whole)
+@pytest.fixture
+def pairs(tmp_path):
+    return write_pairs(tmp_path / "pairs.jsonl")
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(whole, tmp_path, monkeypatch, capsys):
-    """In step 10, between two checkpoints: it is finished, logged and saved."""
-    measure, handler = train.measure, signal.getsignal(signal.SIGINT)
-    logged = iter((1, 10))
+# Resume
 
-    def interrupted(*args):
-        if next(logged) == 10:
-            os.kill(os.getpid(), signal.SIGINT)
-        return measure(*args)
-
-    monkeypatch.setattr(train, "measure", interrupted)
-    with pytest.raises(SystemExit) as exit:
-        train.main([*TOY, "--out", str(tmp_path)])
-    err = capsys.readouterr().err
-    assert exit.value.code == 130 and "--resume" in err and "Traceback" not in err
-    assert model.load(tmp_path / "checkpoint.pt")["step"] == 10
-    monkeypatch.setattr(train, "measure", measure)
-    assert signal.getsignal(signal.SIGINT) is handler, "Ctrl-C is what it was before"
-    train.main(["--resume", "--out", str(tmp_path)])
-    assert "going on after step 10" in capsys.readouterr().out
-    assert_same_run(tmp_path, whole)
-
-
-def spoil(out, name):
-    (out / name).write_bytes((out / name).read_bytes()[:-100])
-
-
-RESUMED = {  # what has happened to the folder, further flags, what the line says
-    "no run": (lambda out: (out / "config.json").unlink(), [], "no run in"),
-    "torn settings": (lambda out: spoil(out, "config.json"), [], "does not hold the settings"),
-    "settings of something else": (
-        lambda out: (out / "config.json").write_text('{"model_type": "gpt2"}'),
-        [],
-        "does not hold the settings",
-    ),
-    "another rate": (lambda out: None, ["--lr", "0.5"], "begun with lr=0.01, not 0.5"),
-    "torn checkpoint": (lambda out: spoil(out, "checkpoint.pt"), [], "checkpoint.pt: unreadable"),
-    "torn sums": (lambda out: spoil(out, "reference_logps.pt"), [], "logps.pt: unreadable"),
-    "torn reference": (lambda out: spoil(out, "reference/pytorch_model.bin"), [], "unreadable"),
-    "sums of other pairs": (
-        lambda out: model.save({"mark": 0, "logps": 0}, out / "reference_logps.pt"),
-        [],
-        "logps.pt is not of this run",
-    ),
-    "a checkpoint of another run": (
-        lambda out: model.save(
-            model.load(out / "checkpoint.pt") | {"mark": 1, "model": tiny_gpt(0).state_dict()},
-            out / "checkpoint.pt",
-        ),
-        [],
-        "checkpoint.pt is not of this run",
-    ),
-    "a checkpoint of something else": (
-        lambda out: model.save([1], out / "checkpoint.pt"),
-        [],
-        "checkpoint.pt is not of this run",
-    ),
-    "code in a checkpoint": (
-        lambda out: torch.save({"step": print}, out / "checkpoint.pt"),
-        [],
-        "checkpoint.pt: unreadable",
-    ),
+POINTS = {  # what stops it -> function, at which call, steps that are left
+    "in SFT": (train, "update", 4, 30),
+    "while the reference is saved": (torch, "save", 1, 30),
+    "in the first pass of the reference": (train, "all_logps", 1, 20),
+    "in DPO, before a checkpoint": (train, "update", 10 + 5, 20),
+    "right after a checkpoint": (train, "update", 10 + 9, 12),
+    "some steps after a checkpoint": (train, "update", 10 + 13, 12),
+    "while the second checkpoint is written": (torch, "save", 3, 12),
+    "while the policy is saved": (torch, "save", 4, 4),
 }
 
 
-@pytest.mark.parametrize("case", RESUMED)
-def test_what_cannot_be_resumed_is_one_line(case, whole, tmp_path, capsys):
-    """Exit status 2, and the folder is as it was."""
-    change, flags, says = RESUMED[case]
-    out = tmp_path / "out"
-    subprocess.run(["cp", "-r", whole, out], check=True)
-    change(out)
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    with pytest.raises(SystemExit) as exit:
-        train.main(["--resume", "--out", str(out), *flags])
-    err = capsys.readouterr().err
-    assert exit.value.code == 2 and err.startswith("train.py: ") and err.count("\n") == 1, err
-    assert says in err
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+@pytest.mark.parametrize("point", POINTS)
+def test_a_stopped_run_is_resumed_to_the_same_weights(point, whole, tmp_path, monkeypatch):
+    *where, left = POINTS[point]
+    stopped(monkeypatch, *where, *TOY, "--out", tmp_path)
+    assert not (tmp_path / "summary.json").exists() and not [*tmp_path.glob("*.tmp")]
+    if point == "while the second checkpoint is written":
+        assert model.load(tmp_path / "checkpoint.pt")["step"] == 8, "the first is still whole"
+    updates = spy(monkeypatch, train, "update")
+    run("--resume", "--out", tmp_path)
+    assert len(updates) == left, "what is done is not done again"
+    assert_same_run(tmp_path, whole)
 
 
-@pytest.mark.parametrize("killed", ["after SFT", "in DPO"])
-@pytest.mark.parametrize("changed", ["loss", "held-out pair"])
-def test_a_run_is_not_resumed_with_another_loss_or_other_pairs(changed, killed, tmp_path, capsys):
-    """The loss file, or a pair that is only evaluated on, is edited between the two."""
-    write_pairs(tmp_path / "pairs.jsonl")
-    (tmp_path / "mine.py").write_text("def f(w, l, ref_w, ref_l): return l - w")
-    flags = ["--data", tmp_path / "pairs.jsonl", *SMALL, "--loss", f"{tmp_path}/mine.py:f"]
-    flags = [*map(str, [*flags, "--save-every", 1, "--lr", 1e-4, "--out", tmp_path / "out"])]
-    with pytest.warns(UserWarning, match="dropped"):
-        train.main(flags)
-        if changed == "loss":
-            (tmp_path / "mine.py").write_text("def f(w, l, ref_w, ref_l): return 5 * (l - w)")
-        else:
-            config = train.parse_args(flags)
-            prompt = bytes(train.RealTask(config).held_out[0].prompt)
-            text = (tmp_path / "pairs.jsonl").read_bytes()
-            (tmp_path / "pairs.jsonl").write_bytes(text.replace(prompt, prompt[::-1]))
-        if killed == "after SFT":
-            (tmp_path / "out" / "checkpoint.pt").unlink()
-            (tmp_path / "out" / "reference_logps.pt").unlink()
-        with pytest.raises(SystemExit):
-            train.main([*flags, "--resume"])
-    assert "the pairs or the loss are not those of the run" in capsys.readouterr().err
+KILLED = """
+import os, signal, sys, torch, train
+module, name, calls = {"train": train, "torch": torch}[sys.argv[1]], sys.argv[2], int(sys.argv[3])
+real = getattr(module, name)
+def counted(*args):
+    global calls
+    calls -= 1
+    if calls == 0:
+        if module is torch:
+            args[1].write(b"half a file")
+            args[1].flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+setattr(module, name, counted)
+train.main(sys.argv[4:])
+"""
 
 
-def test_answers_that_a_terminal_cannot_show_lose_nothing(root, tmp_path):
-    pairs = [{"prompt": f"caf\xe9 {i}", "chosen": "b", "rejected": "c"} for i in range(9)]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    args = [root / "train.py", "--data", tmp_path / "pairs.jsonl", *SMALL, "--out", tmp_path / "o"]
-    env = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, *map(str, args)], env=env, capture_output=True)
-    assert done.returncode == 0 and b"caf? " in done.stdout, done.stderr.decode()
-    assert (tmp_path / "o" / "policy" / "config.json").exists()
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["train update 4", "train update 23", "torch save 3"])
+def test_a_killed_run_is_resumed_to_the_same_weights(where, whole, tmp_path):
+    args = [sys.executable, "-c", KILLED, *where.split(), *TOY, "--out", tmp_path]
+    killed = subprocess.run([*map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run("--resume", "--out", tmp_path)
+    assert_same_run(tmp_path, whole)
 
 
-def test_another_device_may_go_on(whole, tmp_path, capsys):
-    """A run begun on a GPU, on a machine without: --device auto finds what is there."""
-    out = tmp_path / "out"
-    subprocess.run(["cp", "-r", whole, out], check=True)
-    settings = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(settings | {"device": "cuda:9"}))
-    for flags in ([], ["--device", "cpu"], ["--device", "auto", "--tokenizer", "auto"][:2]):
-        assert train.main(["--resume", "--out", str(out), *flags])["gap_closed"]
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        train.main(["--resume", "--out", str(out), "--device", "tpu"])
-    assert "--device" in capsys.readouterr().err
+def test_resume_refuses_what_is_not_its_run(whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    config, before = json.loads((tmp_path / "config.json").read_text()), files_of(tmp_path)
+    with pytest.raises(SystemExit) as raised:
+        run("--resume", "--lr", 0.5, "--out", tmp_path)
+    assert raised.value.code == 2 and "own settings" in capsys.readouterr().err
+    assert files_of(tmp_path) == before
+    for other in ({"model_type": "gpt2"}, config | {"made_by": "somebody"}, config | {"crc": 1}):
+        (tmp_path / "config.json").write_text(json.dumps(other))
+        with pytest.raises(data.InputError, match="holds no run of train.py on these pairs"):
+            run("--resume", "--out", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"device": "cuda:9"}))
+    run("--resume", "--device", "cpu", "--out", tmp_path)  # another device may go on
+    assert_same_run(tmp_path, whole)
 
 
-@pytest.mark.parametrize("by", ["its own command", "the toy world"])
-def test_an_unfinished_run_on_real_pairs_is_not_overwritten(by, tmp_path, capsys):
-    """Forgetting --resume must not cost the hours that went into SFT, or more."""
-    write_pairs(tmp_path / "pairs.jsonl")
-    (tmp_path / "out" / "reference").mkdir(parents=True)
-    (tmp_path / "out" / "reference" / "config.json").write_text("hours of work")
-    model.save_json({"data": "pairs.jsonl"}, tmp_path / "out" / "config.json")
-    flags = TOY if by == "the toy world" else ["--data", tmp_path / "pairs.jsonl", *SMALL]
-    with pytest.raises(SystemExit), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that pairs were dropped
-        train.main([*map(str, flags), "--out", str(tmp_path / "out")])
-    assert "--resume" in capsys.readouterr().err
-    assert (tmp_path / "out" / "reference" / "config.json").read_text() == "hours of work"
+@pytest.mark.parametrize("change", ["a pair to train on", "a held-out pair", "one more pair"])
+def test_resume_refuses_other_pairs(change, pairs, tmp_path, monkeypatch):
+    splits, flags = spy(monkeypatch, data, "split"), ["--data", pairs, *SMALL]
+    stopped(monkeypatch, train, "update", 6, *flags, "--out", tmp_path / "out")
+    rows = splits[0][1][change == "a held-out pair"]
+    prompt, text = bytes(rows[0].prompt), pairs.read_bytes()
+    more = b'\n{"prompt": "more", "chosen": "b", "rejected": "c"}'
+    changed = text + more if "more" in change else text.replace(prompt, prompt[::-1])
+    pairs.write_bytes(changed)
+    with pytest.raises(data.InputError, match="these pairs"):
+        run("--resume", "--out", tmp_path / "out")
+
+
+# Folders
 
 
 def test_a_new_run_leaves_nothing_of_an_old_one_to_be_resumed(whole, tmp_path, monkeypatch):
-    """Interrupted before it has a reference of its own, in a folder where another run ended."""
+    """It stops in SFT, in the folder of a finished run. A toy run may be overwritten, too."""
+    out, seed = tmp_path / "out", [*TOY, "--seed", 1, "--out"]
+    run(*seed, tmp_path / "wanted")
+    shutil.copytree(whole, out)
+    for again in (["--resume", "--out"], seed):
+        stopped(monkeypatch, train, "update", 3, *seed, out)
+        assert {path.name for path in out.rglob("*.json")} == {"config.json"}
+        assert not (out / "checkpoint.pt").exists()
+        run(*again, out)
+        assert_same_run(out, tmp_path / "wanted")
+
+
+def test_an_unfinished_run_on_real_pairs_is_not_overwritten(pairs, tmp_path, monkeypatch):
+    """From its first second on, not even where an older one had ended. A finished one may be."""
+    out, flags = tmp_path / "out", ["--data", pairs, *SMALL, "--out"]
+    run(*flags, out)
+    shutil.copytree(out, tmp_path / "whole")
+    stopped(monkeypatch, train, "update", 1, *flags, out)
+    before = files_of(out)
+    for command in (flags, [*TOY, "--out"]):
+        with pytest.raises(data.InputError, match="unfinished run: --resume"):
+            run(*command, out)
+    assert files_of(out) == before
+    run("--resume", "--out", out)
+    assert_same_run(out, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["toy", "real"])
+@pytest.mark.parametrize("what", ["notes.txt", "config.json", "policy/config.json", "is a file"])
+def test_files_of_others_stay_as_they_are(what, kind, pairs, tmp_path):
     out = tmp_path / "out"
-    subprocess.run(["cp", "-r", whole, out], check=True)
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "train_sft", interrupted)
-    with pytest.raises(SystemExit):
-        train.main([*TOY, "--seed", "1", "--out", str(out)])
-    kept = "reference/config.json reference_logps.pt checkpoint.pt policy/config.json".split()
-    kept = [out / name for name in kept]
-    assert not [path for path in kept if path.exists()], "a resumed run would begin with these"
-    assert json.loads((out / "config.json").read_text())["seed"] == 1
+    (out / what).parent.mkdir(parents=True)
+    (out / what).write_text('{"model_type": "gpt2"}')
+    out, before = out / what if what == "is a file" else out, files_of(tmp_path)
+    with pytest.raises((data.InputError, OSError), match="something else|Not a directory"):
+        run(*(TOY if kind == "toy" else ["--data", pairs, *SMALL]), "--out", out)
+    assert files_of(tmp_path) == before
 
 
-SAVED_TWICE = """
-import torch, model
-model.save({"step": 1}, "checkpoint.pt")
-try:
-    model.save({"step": 2, "model": torch.zeros(100_000)}, "checkpoint.pt")
-except OSError as error:
-    print(error)
-print(model.load("checkpoint.pt"))
-"""
+@pytest.mark.parametrize("init", ["", "policy", "elsewhere/../reference"])
+def test_a_run_does_not_overwrite_what_it_starts_from(init, whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    if not init:
+        shutil.copytree(whole / "policy", out, dirs_exist_ok=True)
+    shutil.copy(whole / "config.json", out)
+    before = files_of(out)
+    with pytest.raises((data.InputError, OSError), match="holds --init|unreadable"):
+        run(*TOY, "--init", out / init, "--out", out)
+    assert files_of(out) == before
 
 
-def on_a_small_disk(args, root, folder):
-    """A process whose files may not grow beyond 20 kB: Python gets an error, as of a full disk."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    return subprocess.run(
-        [sys.executable, *args],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit)),
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-    )
+# The command line, in this process
 
 
-def test_a_full_disk_leaves_the_last_good_file(root, tmp_path):
-    done = on_a_small_disk(["-c", SAVED_TWICE], root, tmp_path)
-    said, kept = done.stdout.splitlines()
-    assert said.startswith("checkpoint.pt: not written") and kept == "{'step': 1}", done
-    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"], "no half file is left"
+def test_errors_and_ctrl_c_are_one_line(pairs, tmp_path, monkeypatch, capsys):
+    """train.py as a script: warnings and errors in one line each; a terminal that cannot show a
+    letter costs nothing; Ctrl-C says how to go on."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    warnings.simplefilter("always")
+
+    def script(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+        try:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+        return code, capsys.readouterr().err
+
+    code, err = script("--data", tmp_path / "missing.jsonl")
+    assert code == 2 and err.count("\n") == 1 and "missing.jsonl" in err
+    assert err.startswith("train.py: ")
+    code, err = script("--loss", "nonsense")
+    assert code == 2 and err.startswith("train.py: --loss nonsense: not") and err.count("\n") == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "load_pairs", lambda path: signal.raise_signal(signal.SIGINT))
+        code, err = script("--data", pairs)
+        assert code == 130 and err.count("\n") == 2 and "--resume continues" in err
+    pairs.write_text(pairs.read_text().replace("Say", "Caf\\u00e9"))
+    ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    code, err = script("--data", pairs, *SMALL, "--out", tmp_path / "out")
+    assert code == 0 and [line[:9] for line in err.splitlines()] == ["warning: "] * 3, err
+    ascii_only.flush()
+    assert b"\nCaf? " in ascii_only.buffer.getvalue()
 
 
-def test_a_run_on_a_full_disk_is_one_line(root, tmp_path):
-    done = on_a_small_disk([root / "train.py", *TOY], root, tmp_path)
-    assert done.returncode == 2 and "not written" in done.stderr, done.stderr
-    assert done.stderr.startswith("train.py: ") and done.stderr.count("\n") == 1, done.stderr
+def test_a_terminal_gets_one_changing_line(monkeypatch, capsys):
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+        train.progress("first", False)
+        train.progress("second", True)
+    assert capsys.readouterr().out == "\r\033[Kfirst\r\033[Ksecond\nsecond\n"
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_not_finite_names_step_and_pairs_and_changes_nothing(what):
-    """Pair 3, in the first batch that holds it; the weights are those of the step before."""
-    policy, ref = tiny_gpt(0), train.all_logps(tiny_gpt(1), ROWS, cli.TOY)
-    config = dataclasses.replace(cli.TOY, batch_size=1)
-
-    def losses_of(chosen, rejected, pair_ids):
-        losses = dpo_losses(ref)(chosen, rejected, pair_ids)
-        if what == "loss":
-            return torch.where(pair_ids == 2, torch.nan, losses)
-        return losses + torch.where(pair_ids == 2, chosen - chosen.detach(), 1).abs().sqrt()
-
-    with pytest.raises(data.InputError, match=r"step \d.* pairs 3 is not finite.*rate 0.01"):
-        for _ in train.updates(policy, ROWS, losses_of, config, 2, 1e-2):
-            after = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
-    for name, tensor in policy.state_dict().items():
-        assert tensor.isfinite().all() and torch.equal(tensor, after[name]), name
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as raised:
+        settings("--help")
+    printed = capsys.readouterr().out
+    assert raised.value.code == 0 and "--warmup-steps" in printed
+    assert not [name for name in vars(settings()) if "--" + name.replace("_", "-") not in printed]
 
 
-# What can be looked at
-
-
-SHOWN = """\
-place  position  token             looks at         scored here
-    0         0  'h'               0-0
-    1         1  'i'               0-1              chosen 'a', rejected 'a'
-    2         2  'a'               0-2              chosen 'b', rejected 'c'
-    3         3  'b'               0-3              chosen '<|endoftext|>'
-    4         3  'c'               0-2, 4-4         rejected '<|endoftext|>'
-    5  padding from here to 8
-"""
-
-
-def test_show_is_the_row_by_hand(capsys):
-    """Prompt "hi", answers "ab" and "ac": what both begin with is one place; then they part."""
-    rows = [
-        data.TokenPair([1], [2] * 5, [3] * 5),
-        data.TokenPair(*map(list, (b"hi", b"ab", b"ac"))),
-    ]
-    rows[1].chosen.append(256), rows[1].rejected.append(256)
-    bytes_ = data.get_tokenizer("bytes")
-    task = SimpleNamespace(rows=rows, tokenizer=bytes_, config=SimpleNamespace(data="a file"))
-    cli.show(task, None, 2)
-    assert capsys.readouterr().out == SHOWN
-    with pytest.raises(data.InputError, match="--show 3: there are 2 pairs"):
-        cli.show(task, None, 3)
-
-
-def test_show_is_all_that_it_does(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert train.main(["--show", "1"]) is None
-    assert "scored here" in capsys.readouterr().out and not list(tmp_path.iterdir())
-
-
-def test_samples_of_policy_and_reference(whole):
-    """At temperature 0: at each place the likeliest token of the saved model."""
-    answers = sample.sample(whole, "The film was", temperature=0, n=2)
-    world = data.ToyWorld("small")
-    for name in ("reference", "policy"):
-        gpt, ids = model.GPT.from_pretrained(whole / name), world.prompt_ids[:1].clone()
-        for _ in range(world.K):
-            ids = torch.cat([ids, gpt(ids)[:, -1:].argmax(-1)], 1)
-            if ids[0, -1] == world.W:
-                break
-        text = world.tokenizer.decode(ids[0, 3:].tolist()).removesuffix(data.END).strip()
-        assert answers[name] == [text, text]
+# Processes and devices
 
 
 @pytest.mark.parametrize(
-    "prompt, folder, says",
+    "env, wanted",
     [
-        ("The boat was", "", "boat"),
-        ("x", "policy", "does not hold"),
-        ("x", "nowhere", "nowhere"),
-        ("x --n 0", "", "--n"),
-        ("x --temperature nan", "", "--temperature"),
+        ({"RANK": "1"}, (0, 1)),
+        ({"WORLD_SIZE": "2"}, (0, 1)),
+        ({"RANK": "", "WORLD_SIZE": ""}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
     ],
 )
-def test_samples_refuse_in_one_line(prompt, folder, says, whole, capsys):
-    words = prompt.split(" --")
-    with pytest.raises(SystemExit) as exit:
-        sample.main([str(whole / folder), *words[:1], *" --".join(["", *words[1:]]).split()])
-    err = capsys.readouterr().err
-    assert exit.value.code == 2 and says in err and err.count("\n") == 1
+def test_rank_and_world_size_count_together(env, wanted, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    module = runpy.run_path(str(ROOT / "train.py"))
+    assert (module["RANK"], module["PROCESSES"]) == wanted
 
 
-DEVICES = ["cpu"]
-DEVICES += ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+@pytest.mark.parametrize("processes", [1, 2, 9])
+def test_processes_share_the_pass_of_the_reference(processes, monkeypatch):
+    """Each fills in its own pairs; the sum is the whole. Of nine processes two have none."""
+    monkeypatch.setattr(train, "PROCESSES", processes)
+    monkeypatch.setattr(train.distributed, "all_reduce", lambda tensor: parts.append(tensor))
+    args, parts = settings("--micro-batch-size", 2), []
+    for rank in range(processes):
+        monkeypatch.setattr(train, "RANK", rank)
+        last = train.all_logps(gpt(0), ROWS, args)
+    assert len(parts) == processes * (processes > 1)
+    parts = torch.stack(parts or [last])
+    expect(parts.sum(0), oracle(gpt(0), ROWS), "log-probs of all processes", 1e-5)
+    assert ((parts != 0).sum(0) == 1).all(), "no pair is scored twice"
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype, near", [("float32", 1e-3), ("bfloat16", 0.03)])
-def test_every_device_and_precision_begins_alike(device, dtype, near, tmp_path):
-    """One seed, one untrained reference: nearly the numbers of the CPU in float32."""
-    write_pairs(tmp_path / "pairs.jsonl")
-    flags = ["--data", tmp_path / "pairs.jsonl", *SMALL, "--sft-epochs", 0, "--epochs", 1]
-    rows = []
-    for name, *more in (("wanted", "cpu", "float32"), ("got", device, dtype)):
-        out = tmp_path / name
-        settings = ["--device", more[0], "--dtype", more[1], "--out", out]
-        with pytest.warns(UserWarning, match="dropped"):
-            train.main([*map(str, flags + settings)])
-        rows.append(json.loads((out / "metrics.jsonl").read_text().splitlines()[-1]))
-    for key in ("loss", "chosen_logp", "rejected_logp", "grad_norm"):
-        assert rows[1][key] == pytest.approx(rows[0][key], rel=near), key
+def test_every_collective_is_on_the_models_device(monkeypatch):
+    """An NCCL group cannot reduce a CPU tensor. The model is on "meta", which holds no numbers."""
+    devices = []
+    monkeypatch.setattr(train, "PROCESSES", 2)
+    monkeypatch.setattr(train.distributed, "all_reduce", lambda x: devices.append(x.device.type))
+    meta = gpt(0).float().to("meta")
+    ref = train.all_logps(meta, ROWS, settings())
+    losses, logps, norms = step(meta, ref)
+    with pytest.raises((RuntimeError, NotImplementedError)):  # its values cannot be looked at
+        train.means({"loss": losses, "logp": logps[0]} | norms)
+    assert devices == ["meta", "meta"]
 
 
-# Many processes
+def test_only_the_first_process_writes_and_prints(pairs, tmp_path, monkeypatch):
+    """The second of two, whose group and gradients are those of a single one."""
+    monkeypatch.setattr(train, "RANK", 1)
+    monkeypatch.setattr(train, "PROCESSES", 2)
+    for name in ("init_process_group", "destroy_process_group", "all_reduce"):
+        monkeypatch.setattr(train.distributed, name, lambda *_: None)
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda module: module)
+    done = run("--data", pairs, *SMALL, "--save-every", 2, "--out", tmp_path / "out")
+    assert done.summary["rows"] and done.printed == "" and not (tmp_path / "out").exists()
 
 
-def test_two_processes_are_one(root, tmp_path):
-    """torchrun on 25 pairs in batches of 8: the last batch is one pair, and one process is idle.
-    Micro-batches of 3 make parts of 6 and 2 pairs, whose gradients are averaged once.
-    The key biases are left out: softmax does not see them, and Adam makes steps of mere rounding.
-    """
-    write_pairs(tmp_path / "pairs.jsonl", n=27)
-    flags = ["--data", tmp_path / "pairs.jsonl", *SMALL, "--batch-size", 8, "--lr", 1e-3]
-    flags += ["--micro-batch-size", 3, "--held-out", 0.1]
-    one, two = tmp_path / "one", tmp_path / "two"
-    alone = command(root, *flags, "--out", one)
-    assert alone.returncode == 0 and "25 pairs to train on" in alone.stdout, alone.stderr
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    port = "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"
-    args = [*torchrun, *port, root / "train.py", *flags, "--out", two]
-    done = subprocess.run([*map(str, args)], capture_output=True, text=True, env=ONE_THREAD)
+def torchrun(processes, *flags):
+    args = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    args += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", ROOT / "train.py", *flags]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, args)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("samples after DPO") == 1, "one process prints"
-    lines = [
-        [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        for out in (one, two)
-    ]
-    for ours, theirs in zip(*lines, strict=True):
-        for key in ours.keys() - set(TIMES):
-            assert theirs[key] == pytest.approx(ours[key], rel=1e-4, abs=1e-5), (key, ours["step"])
-    for name, tensor in weights(one).items():
-        other = weights(two)[name]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path):
+    """25 pairs to train on in batches of 8, in micro-batches of 3: 4 pairs to a process, in two
+    parts, whose gradients are averaged once. The key biases are left out: softmax does not see
+    them, and Adam makes steps of mere rounding.
+    """
+    pairs = write_pairs(tmp_path / "pairs.jsonl", n=27)
+    flags = ["--data", pairs, *SMALL, "--lr", 1e-3, "--micro-batch-size", 3, "--out"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(*flags, one)
+    assert torchrun(2, *flags, two).count("held_out_margin") == 1, "one process prints"
+    for line, other in zip(lines_of(one), lines_of(two), strict=True):
+        assert other == pytest.approx(line, rel=1e-4, abs=1e-5), line["step"]
+    for name, tensor in model.load(one / "policy" / "pytorch_model.bin").items():
+        other = model.load(two / "policy" / "pytorch_model.bin")[name]
         if name.endswith("c_attn.bias"):
-            q, _, v = tensor.chunk(3)
-            tensor, other = torch.cat([q, v]), torch.cat([*other.chunk(3)[::2]])
+            tensor, other = (torch.cat([x.chunk(3)[0], x.chunk(3)[2]]) for x in (tensor, other))
         expect(other, tensor, f"{name} of two processes", 1e-5)
 
 
-def test_compiled_is_the_same_step(tmp_path, monkeypatch):
-    """--compile: through torch's tracing and its derived backward; the generated code itself, which
-    takes a minute to make, is what `python -m experiments.bench` compares."""
-    write_pairs(tmp_path / "pairs.jsonl", n=12)
-    compile = torch.nn.Module.compile
-    calls = []
+@pytest.mark.slow
+def test_more_processes_than_held_out_pairs(tmp_path):
+    """Two of three processes have nothing to evaluate, and all have a pair to train on."""
+    lines = [f'{{"prompt": "{i}", "chosen": "{"Yes." * i}", "rejected": "No."}}' for i in (1, 2, 3)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    torchrun(3, "--data", tmp_path / "pairs.jsonl", *SMALL, "--out", tmp_path / "out")
+    assert summary_of(tmp_path / "out")["rows"]["reference"]["held_out_accuracy"] == 0.5
 
-    def traced(self, **settings):
-        calls.append(settings)
-        compile(self, backend="aot_eager", **settings)
+
+@pytest.mark.slow
+def test_compiled_is_the_same_step(pairs, tmp_path, monkeypatch):
+    """--compile through torch's tracing and its derived backward; the generated code itself, which
+    takes a minute to make, is what `python -m experiments.bench` compares."""
+    compile, calls = torch.nn.Module.compile, []
+
+    def traced(self, **kwargs):
+        calls.append(kwargs)
+        compile(self, backend="aot_eager", **kwargs)
 
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
-    flags = ["--data", tmp_path / "pairs.jsonl", *SMALL, "--lr", 1e-3, "--out"]
-    with pytest.warns(UserWarning, match="dropped"):
-        plain, compiled = (
-            train.main([*map(str, flags), str(tmp_path / name), *more])["rows"]["dpo"]
-            for name, more in (("plain", []), ("compiled", ["--compile"]))
-        )
+    flags = ["--data", pairs, *SMALL, "--lr", 1e-3, "--out"]
+    plain = run(*flags, tmp_path / "plain").summary["rows"]["policy"]
+    compiled = run(*flags, tmp_path / "compiled", "--compile").summary["rows"]["policy"]
     assert calls == [{"dynamic": True}], "compiled once, with --compile only"
     assert compiled == pytest.approx(plain, rel=1e-4, abs=1e-5)
 
 
-def test_more_processes_than_held_out_pairs(root, tmp_path):
-    """Two pairs to train on and one held out, so that two of three processes have none of it."""
-    pair = {"prompt": "Say it. ", "chosen": "Yes.", "rejected": "No."}
-    lines = [json.dumps(pair | {"chosen": "Yes." * i}) for i in (1, 2, 3)]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    args = "-m torch.distributed.run --nproc_per_node=3 --rdzv-backend=c10d".split()
-    args += ["--rdzv-endpoint=localhost:0", root / "train.py", "--data", tmp_path / "pairs.jsonl"]
-    args = [sys.executable, *args, *SMALL, "--out", tmp_path / "out"]
-    done = subprocess.run([*map(str, args)], capture_output=True, text=True, env=ONE_THREAD)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["rows"]["reference"]["held_out_accuracy"] == 0.5
+DEVICES = [("cpu", "bfloat16", 0.03)]
+for kind in ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available():
+    DEVICES += [(kind, "float32", 2e-3), (kind, "bfloat16", 0.03)]
+
+
+@pytest.mark.parametrize("device, dtype, near", DEVICES)
+def test_every_device_and_precision_begins_alike(device, dtype, near, pairs, tmp_path):
+    """One seed, one untrained reference: nearly the numbers of the CPU in float32, not those."""
+    flags = ["--data", pairs, *SMALL, "--sft-epochs", 0, "--epochs", 0.5, "--device"]
+    run(*flags, "cpu", "--out", tmp_path / "cpu")
+    run(*flags, device, "--dtype", dtype, "--out", tmp_path / "other")
+    for line, other in zip(lines_of(tmp_path / "cpu")[1:], lines_of(tmp_path / "other")[1:]):
+        for key in ("loss", "chosen_logp", "rejected_logp", "grad_norm"):
+            assert other[key] == pytest.approx(line[key], rel=near), key
+        assert dtype == "float32" or other["chosen_logp"] != line["chosen_logp"]
