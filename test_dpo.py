@@ -122,8 +122,9 @@ def test_eq1_bradley_terry():
 
 def test_eq2_reward_model_loss_and_its_minimum():
     losses = dpo.reward_model_loss(*torch.tensor([[0.5, -1.5], [-0.5, 2.0]], dtype=f64))
-    why = "Eq. 2: -log sigma(r_w - r_l) of each pair"
-    expect(losses, LOSSES, why, mistakes=MISTAKES)
+    expect(losses, LOSSES, "Eq. 2: -log sigma(r_w - r_l) of each pair", mistakes=MISTAKES)
+    far = dpo.reward_model_loss(torch.tensor([-1200.0]), torch.tensor([0.0]))
+    expect(far, [1200.0], "Eq. 2 for rewards far apart: use logsigmoid, log(sigmoid) is -inf", 1e-3)
     r = (REWARDS + F_OF_X).requires_grad_()
 
     def loss(w, l):
@@ -136,19 +137,20 @@ def test_eq2_reward_model_loss_and_its_minimum():
 
 
 def test_eq3_objective_of_a_coin():
-    policy, ref = torch.tensor([[0.9, 0.1], [0.5, 0.5]], dtype=f64).log()
-    kl, reverse = 0.9 * math.log(1.8) + 0.1 * math.log(0.2), -0.5 * math.log(1.8 * 0.2)
+    policy, ref = torch.tensor([[0.9, 0.1], [0.6, 0.4]], dtype=f64).log()
+    kl, reverse = 0.9 * math.log(1.5) - 0.1 * math.log(4), 0.4 * math.log(4) - 0.6 * math.log(1.5)
     mistakes = {
         "the KL is added": 1.7 + 0.3 * kl,
         "beta is missing": 1.7 - kl,
         "the KL is KL(pi_ref || pi), the other way round": 1.7 - 0.3 * reverse,
-        "the expected reward is taken under pi_ref": 0.5 - 0.3 * kl,
+        "the expected reward is taken under pi_ref": 0.8 - 0.3 * kl,
+        "the expected reward is a plain mean over the responses": 0.5 - 0.3 * kl,
     }
     why = "Eq. 3: J = E_pi[r] - beta KL(pi || pi_ref), both expectations under pi"
     got = dpo.rlhf_objective(policy, ref, torch.tensor([2.0, -1.0]), beta=0.3)
     expect(got, 0.9 * 2 - 0.1 - 0.3 * kl, why, mistakes=mistakes)
     sure = torch.tensor([0.0, -math.inf], dtype=f64)
-    expect(dpo.kl_divergence(sure, ref), math.log(2), "the KL of Eq. 3: 0 log 0 is 0, not NaN")
+    expect(dpo.kl_divergence(sure, ref), -math.log(0.6), "the KL of Eq. 3: 0 log 0 is 0, not NaN")
 
 
 def test_section3_objective_is_the_expected_ppo_reward():
@@ -168,6 +170,9 @@ def test_eq4_optimal_policy():
     expect(log_Z, Z.log(), "log of Z(x) below Eq. 4, sum of pi_ref exp(r / beta)", mistakes=wrong)
     expect(best.exp().sum(-1), [1.0, 1.0], "Eq. 4: divided by Z(x), the policy sums to 1")
     expect(best, BEST, "Eq. 4: log pi_ref + r / beta - log Z(x)")
+    best, log_Z = dpo.optimal_policy(torch.tensor([0.5, 0.5]).log(), torch.tensor([1e4, 0.0]), 1.0)
+    why = "Eq. 4 for a reward of 10,000: sum with logsumexp, exp overflows"
+    expect(torch.cat([best.exp(), log_Z[None]]), [1.0, 0.0, 1e4 - math.log(2)], why, 1e-3)
 
 
 @pytest.mark.parametrize("beta", [0.3, 1.0, 5.0])
@@ -189,7 +194,13 @@ def test_eq4_is_where_gradient_ascent_on_eq3_arrives():
 
 def test_eq5_reward_from_its_policy():
     implied = dpo.implicit_reward(BEST, REF, BETA) + BETA * Z.log()[:, None]
-    wrong = {"the reference is left out": REWARDS + BETA * REF, "beta is missing": REWARDS / BETA}
+    ratio, up = BEST - REF, BETA * Z.log()[:, None]
+    wrong = {
+        "the reference is left out": BETA * BEST + up,
+        "beta is missing": ratio + up,
+        "beta divides": ratio / BETA + up,
+        "the ratio is inverted": up - BETA * ratio,
+    }
     why = "Eq. 5: r = beta (log pi_r - log pi_ref) + beta log Z(x)"
     expect(implied, REWARDS, why, mistakes=wrong)
     mean = (REFS.exp() * dpo.implicit_reward(POLICIES, REFS, BETA)).sum(-1)
@@ -286,6 +297,9 @@ def test_gradient_by_hand():
         "the weight is sigma(r_w - r_l), A.4's misprint": [-BETA * (1 - w) for w in WEIGHTS],
         "the sign is inverted: descent must raise the chosen response": down,
         "beta is missing": [-weight for weight in WEIGHTS],
+        "it is divided by the number of pairs": [-BETA * weight / 2 for weight in WEIGHTS],
+        "the weight is sigma', not sigma": [-BETA * w * (1 - w) for w in WEIGHTS],
+        "the margin in the weight is without beta": [-BETA / (1 + math.exp(m)) for m in (2, -7)],
     }
     why = "section 4: d loss / d log pi(y_w) = -beta sigma(r_l - r_w)"
     expect(chosen, up, why, mistakes=mistakes)
@@ -469,6 +483,8 @@ def test_eq18_plackett_luce():
     why = "Eq. 18: best first, and the k-th factor's sum runs over j >= k"
     expect(p[0], by_hand, why, mistakes=wrong)
     expect(p.sum(), 1.0, "Eq. 18: the 24 rankings of 4 responses are all there is")
+    far = dpo.plackett_luce_logps(torch.tensor([-2000.0, 0.0, 2000.0]))
+    expect(far, -6000.0, "Eq. 18 for rewards far apart: stay in logs, e^2000 overflows", 1e-2)
 
 
 def test_eq19_rankings_from_the_optimal_policy():
