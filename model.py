@@ -93,8 +93,7 @@ class GPT(nn.Module):
         """Continue prompts of equal length: ids (B, T) -> (B, T + n), n <= max_new_tokens.
 
         Draws from softmax(logits / temperature): 1 is the policy itself, 0 the likeliest token.
-        After a drawn `stop_token` a row is all stop tokens. Past n_positions the oldest tokens are
-        forgotten.
+        After a drawn `stop_token` a row is all stop tokens. The last n_positions tokens are seen.
         """
         stopped = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
         for _ in range(max_new_tokens):
@@ -144,8 +143,9 @@ class GPT(nn.Module):
         save(transposed(state), folder / "pytorch_model.bin")
         config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]} | asdict(self.config)
         save_json(config | {"bos_token_id": config["eos_token_id"]}, folder / "config.json")
-        for stale in ("model.safetensors", "generation_config.json"):
-            (folder / stale).unlink(missing_ok=True)  # transformers would prefer it to ours
+        stale = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
+        for name in stale:  # which transformers would prefer to ours
+            (folder / name).unlink(missing_ok=True)
 
 
 def read(name):
@@ -166,7 +166,6 @@ def read(name):
     if not (folder / "model.safetensors").is_file():
         return config, load(folder / "pytorch_model.bin")
     from safetensors.torch import load_file  # preferred to the other file, as in transformers
-
     return config, load_file(folder / "model.safetensors")
 
 
@@ -190,8 +189,9 @@ def save(state, path):
 
 
 def save_json(record, path):
-    Path(f"{path}.tmp").write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(f"{path}.tmp", path)
+    with os_error(f"{path} is not written"):
+        Path(f"{path}.tmp").write_text(json.dumps(record, indent=2) + "\n")
+        os.replace(f"{path}.tmp", path)
 
 
 def load(path):

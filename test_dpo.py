@@ -282,7 +282,7 @@ def test_appendix_b_code_is_eq7():
     expect(result.chosen_rewards, (0.1 * (pi - ref))[yw], "appendix B: rewards, beta (pi - ref)")
 
 
-# The gradient of section 4, and the misprint. Never at policy == reference: there all are right.
+# The gradient of section 4, and the misprint. Never at policy == reference.
 def slopes(at, side):  # d loss / d at[side] of each pair, by central differences
     step = 1e-5 * torch.eye(4, dtype=f64)[side, :, None]
     up, down = (dpo.dpo_loss(*(at + sign * step), beta=BETA).losses for sign in (1, -1))

@@ -150,7 +150,7 @@ def agreement(rewards, ref):
         apart = (margins.sigmoid() - truth.sigmoid()).abs()
         columns["pair_accuracy"].append((odds * right).sum() / odds.sum())
         columns["probability_error"].append((odds * apart).sum() / odds.sum())
-    return train.means({key: torch.stack(column) for key, column in columns.items()})
+    return {key: torch.stack(column).mean().item() for key, column in columns.items()}
 
 
 def mean_ranks(values):

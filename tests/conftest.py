@@ -2,8 +2,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
+torch.set_num_threads(1)  # of tiny tests: on a busy machine two are five times slower
 sys.path.insert(0, str(ROOT))  # so that `pytest` finds the four files from wherever it is started
 
 

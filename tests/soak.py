@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data
 
-FLAGS = "--world small --pairs 20000 --sft-epochs 3 --epochs 4 --save-every 5".split()
+FLAGS = "--pairs 20000 --sft-epochs 3 --epochs 4 --save-every 5".split()
 TALK = "\n\nHuman: Hi, é.\n\nAssistant:"
 GOOD = [
     {"prompt": "2 + 2 =", "chosen": " 4", "rejected": ' "5"'},

@@ -124,9 +124,9 @@ def test_tokenizers(monkeypatch):
 
 
 def test_encode_pairs_closes_responses_and_cuts_prompts():
-    rows = encode_pairs([Pair("ab", "c", ""), Pair("a", "bc", "d")], BYTES, 16)
+    rows = encode_pairs([Pair("ab", "c", ""), Pair("a", "bc", END)], BYTES, 16)
     assert rows[0] == ([97, 98], [99, 256], [256]), "an empty response is the end token alone"
-    assert rows[1] == ([97], [98, 99, 256], [100, 256]), "no token straddles the boundary"
+    assert rows[1] == ([97], [98, 99, 256], [*END.encode(), 256]), "and one in a text is text"
     fits = Pair("abcde", "xy", "z"), Pair("a", "z", "x" * 6)
     with pytest.warns(UserWarning, match="cut on the left to fit 8 tokens: 1"):
         rows = encode_pairs([Pair("123abcde", "xy", "z"), fits[1]], BYTES, 8)
@@ -169,7 +169,7 @@ def test_batches_hold_every_pair_once_an_epoch(size):
     """The remainder of an epoch is carried into the next; the order is the seed's alone."""
 
     def three_epochs(size, seed=0, length=lambda i: 1):
-        rows = [TokenPair([1] * length(i), [0], [0]) for i in range(10)]
+        rows = [TokenPair([1], [0] * length(i), [0]) for i in range(10)]
         stream = data.batches(rows, size, seeded(seed))
         found = [next(stream) for _ in range(math.ceil(30 / size))]
         assert all(batch.shape == (size,) for batch in found), "(batch_size,), the last one too"
@@ -249,6 +249,8 @@ def test_corpus_follows_its_law(slip):
     given = {} if slip == 0.2 else {"slip": slip}  # the default
     corpus, again, other = (WORLD.corpus(seeded(seed), **given) for seed in (0, 0, 1))
     assert corpus == again != other and not any(row.rejected for row in corpus)
+    slipped = sum(row.chosen[0] in (0, 1, 2, 3, 10) for row in corpus) / 20_000
+    expect(slipped, slip * 5 / 11, "first tokens that no sentence has: 5 of the 11 slips", 0.007)
     place = {tuple(ids): y for y, ids in enumerate(WORLD.response_ids)}
     for prompt in ([0, 2, 1], [0, 3, 1]):
         drawn = [place[tuple(row.chosen)] for row in corpus if row.prompt == prompt]
@@ -314,22 +316,25 @@ def test_logps_of_every_response_are_exact():
 @pytest.mark.parametrize("beta", [0.5, 2.0])
 def test_measure_by_hand(beta):
     """After " The film was" only " good" and " dull", after " The hotel was" " good" and ""."""
-    p = torch.tensor([[0.75, 0.25], [0.5, 0.5]]).double()  # the policy, then the reference
-    q, r = torch.tensor([[[0.5, 0.5], [0.8, 0.2]], [[2, -2], [2, 0]]]).double()
+    p = torch.tensor([[0.75, 0.25], [0.5, 0.5]], dtype=torch.float64)  # policy
+    q = torch.tensor([[0.5, 0.5], [0.8, 0.2]], dtype=torch.float64)  # reference
+    r = torch.tensor([[2, -2], [2, 0]])
     logps, ref = torch.full((2, 2, 1111), -torch.inf, dtype=torch.float64)
-    for x, (y, z) in enumerate(((" good", " dull"), (" good", ""))):
-        logps[x, [PLACE[y], PLACE[z]]], ref[x, [PLACE[y], PLACE[z]]] = p[x].log(), q[x].log()
+    for x, two in enumerate(((" good", " dull"), (" good", ""))):
+        places = [PLACE[y] for y in two]
+        logps[x, places], ref[x, places] = p[x].log(), q[x].log()
     best = q * (r / beta).exp()  # (4), before its normaliser
     best /= best.sum(-1, keepdim=True)
     kl, missing, gap = ((a * (a / b).log()).sum(-1) for a, b in ((p, q), (p, best), (q, best)))
     reward, kept = (p * r).sum(-1), (logps.clone(), ref.clone(), WORLD.rewards.clone())
     for prompts in (slice(None), slice(0, 1), slice(1, 2)):
         wanted = {"expected_reward": reward, "kl": kl, "objective": reward - beta * kl}
-        wanted |= {"kl_to_optimum": missing, "gap": gap}
+        wanted |= {"kl_to_optimum": missing, "gap_closed": gap}
         wanted = {name: column[prompts].mean().item() for name, column in wanted.items()}
-        wanted["gap_closed"] = 1 - wanted["kl_to_optimum"] / wanted.pop("gap")
-        row = WORLD.measure(logps, ref, beta, *[prompts][: prompts != slice(None)])
-        assert row == pytest.approx(wanted, rel=1e-6) and type(row["kl"]) is float, prompts
+        wanted["gap_closed"] = 1 - wanted["kl_to_optimum"] / wanted["gap_closed"]
+        assert WORLD.measure(logps, ref, beta, prompts) == pytest.approx(wanted), prompts
+    row = WORLD.measure(logps, ref, beta)
+    assert row == WORLD.measure(logps, ref, beta, slice(None)) and type(row["kl"]) is float
     assert all(map(torch.equal, kept, (logps, ref, WORLD.rewards))), "an argument is changed"
 
 
@@ -346,4 +351,5 @@ def test_measure_says_what_the_paper_says(beta):
     expect(missed, beta * row["kl_to_optimum"], "J(pi*) - J(pi) = beta KL(pi || pi*)", 1e-9)
     gained = 1 - missed / (end["objective"] - start["objective"])
     expect(row["gap_closed"], gained, "gap closed: (J(pi) - J(ref)) / (J(pi*) - J(ref))", 1e-9)
-    assert math.isfinite(WORLD.measure(ref, ref, 1e12)["gap_closed"]), "no gap: no 0 / 0"
+    sure = torch.where(torch.arange(1111) == 7, 0.0, -torch.inf).expand(2, -1).double()
+    assert math.isfinite(WORLD.measure(sure, sure, beta)["gap_closed"]), "no gap: no 0 / 0"

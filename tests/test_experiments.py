@@ -10,7 +10,7 @@ import data
 import dpo
 from experiments import claims, frontier, lab, losses, rlhf
 from experiments.lab import WORLD
-from test_dpo import expect
+from test_dpo import descend, expect
 
 PLACE = {y: i for i, y in enumerate(WORLD.responses)}
 
@@ -27,9 +27,9 @@ def sft():
 # lab.py
 
 
-def test_training_through_the_table_is_training_on_rows(sft):
+def test_training_through_the_table_is_training_on_rows(sft, monkeypatch):
     """The same losses and the same gradient of every weight as data.collate's rows give; a loss
-    gets beta, its own settings and the lengths that it names."""
+    gets beta, its own settings and the lengths that it names. The reference stays as it is."""
     model, ref = sft
     drawn = WORLD.draw_pairs(ref, 64, "hard", torch.Generator().manual_seed(0))
     start = ref - 0.1 * torch.randn(ref.shape, generator=torch.Generator().manual_seed(1))
@@ -49,6 +49,11 @@ def test_training_through_the_table_is_training_on_rows(sft):
                  for y in (got, wanted)]  # fmt: skip
         for a, b in zip(*grads):
             expect(a, b, "gradients through the table and through plain rows", 1e-5)
+    monkeypatch.setattr(lab, "reference", lambda seed: sft)
+    for kind in ("network", "table"):
+        (_, start), _, (_, end) = lab.train_dpo(0, drawn, steps=2, kind=kind)
+        expect(start, ref, "the policy starts as the reference")
+        assert not torch.equal(start, end) and torch.equal(lab.listed(model), ref), kind
 
 
 def test_measure_and_the_listed_responses():
@@ -254,6 +259,7 @@ def test_leak_says_where_all_the_mass_is_and_draws_from_the_policy(monkeypatch, 
     for row in rows:
         total = row["grammatical"] + row["other_paired"] + row["in_no_pair"]
         assert total == pytest.approx(1, abs=1e-6), row
+    assert 0.05 < first["other_paired"] < 0.95, "responses that the first 1,024 pairs mention"
     grammatical = sft[1].exp()[:, WORLD.grammatical].sum(-1).mean()
     expect(first["grammatical"], grammatical, "mass of the reference on [not] [very] opinion", 1e-6)
     assert len(seen_by) == 2 and torch.equal(seen_by[0], sft[1]), "first from the reference"
@@ -281,7 +287,7 @@ def test_best_of_n_is_the_law_of_the_best_of_n_draws():
 
 
 def test_closed_forms_of_preferred_ft_and_unlikelihood():
-    """The minimum of the population loss, found by descent on free logits, and its threshold."""
+    """The minimum of the population loss, found by descent, and its threshold."""
     ref = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64).log()
     rewards = torch.tensor([1.0, -0.5, 0.3, 0.0], dtype=torch.float64)
     p = (rewards[:, None] - rewards).sigmoid() * ref.exp()[:, None] * ref.exp() * 2  # y beats y'
@@ -289,19 +295,9 @@ def test_closed_forms_of_preferred_ft_and_unlikelihood():
     threshold = frontier.unlikelihood_optimum(ref, rewards, "hard")[1]
     expect(threshold, (won / lost).min(), "alpha up to which unlikelihood has a minimum", 1e-12)
     for alpha in (0.0, threshold / 2):
-        logits = torch.zeros(4).double().requires_grad_()
-        optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-12)
-
-        def loss():
-            optimizer.zero_grad()
-            logps = logits.log_softmax(-1)
-            value = -(won * logps).sum() + alpha * (lost * logps).sum()
-            value.backward()
-            return value
-
-        optimizer.step(loss)
+        found = descend(lambda pi: (alpha * lost * pi - won * pi).sum(), ref)
         got, _ = frontier.unlikelihood_optimum(ref, rewards, "hard", alpha)
-        expect(got, logits.detach().log_softmax(-1), f"alpha {alpha:.3f}", 1e-5)
+        expect(got, found, f"alpha {alpha:.3f}", 1e-7)
 
 
 def test_preferred_ft_with_deterministic_labels_is_best_of_2(sft):

@@ -134,9 +134,10 @@ def test_greedy_against_a_plain_loop():
 @pytest.mark.parametrize("prompt", [[1], [4], [4, 1]], ids=["plain", "ends in stop", "holds stop"])
 def test_after_a_drawn_stop_token_there_are_only_stop_tokens(prompt):
     """Draws with and without a stop token agree up to it. One in the prompt stops nothing."""
-    ids, stops = torch.tensor([prompt]).expand(200, -1), (None, 4)
-    seeds = (torch.Generator().manual_seed(1) for _ in stops)
-    free, stopped = (gpt().generate(ids, 8, 1.0, stop, seed) for stop, seed in zip(stops, seeds))
+    model, ids = gpt(), torch.tensor([prompt]).expand(200, -1)
+    seeds = [torch.Generator().manual_seed(1) for _ in range(2)]  # the global one has no say
+    free = model.generate(ids, 8, generator=seeds[0])
+    stopped = model.generate(ids, 8, stop_token=4, generator=seeds[1])
     assert free.shape == stopped.shape == (200, len(prompt) + 8)
     for was, row in zip(free[:, len(prompt) :].tolist(), stopped[:, len(prompt) :].tolist()):
         n = was.index(4) + 1 if 4 in was else 8

@@ -25,7 +25,7 @@ from experiments import losses as more
 from model import GPT
 
 BETA = 0.3
-TEXTS = [  # answers of 1 to 4 words, prompts of 1 to 3
+TEXTS = [  # responses of 1 to 4 words, prompts of 1 to 3
     {"prompt": "a b", "chosen": " c d e", "rejected": " f"},
     {"prompt": "c", "chosen": " a", "rejected": " b b a d"},
     {"prompt": "e f a", "chosen": " d d", "rejected": " c f e"},
@@ -53,12 +53,13 @@ def world(tmp_path_factory):
             parameter.data += 0.3 * torch.randn_like(parameter)
         model.save_pretrained(folder / name)
         models.append(model)
-    ids = [{side: [words[w] for w in text.split()] for side, text in t.items()} for t in TEXTS]
-    rows = [data.TokenPair(x["prompt"], x["chosen"] + [0], x["rejected"] + [0]) for x in ids]
-    batch, logps = data.collate(rows, range(len(rows))), []
+    texts = [{side: [words[w] for w in text.split()] for side, text in t.items()} for t in TEXTS]
+    rows = [data.TokenPair(x["prompt"], x["chosen"] + [0], x["rejected"] + [0]) for x in texts]
+    (ids, mask), logps = data.collate(rows, range(len(rows))), []
     for name in ("policy", "reference"):
         with torch.no_grad():
-            logps += dpo.response_logps(GPT.from_pretrained(str(folder / name)), batch)
+            both = dpo.response_logps(GPT.from_pretrained(folder / name), ids, mask)
+            logps += both.chunk(2)  # chosen, rejected
     lengths = torch.tensor([[len(row.chosen) for row in rows], [len(row.rejected) for row in rows]])
     return SimpleNamespace(
         models=models, tokenizer=tokenizer, logps=logps, lengths=lengths, folder=folder
@@ -132,7 +133,7 @@ def test_simpo(world):
 
 def test_orpo(world):
     """The odds-ratio term, which TRL returns with the other sign; the SFT term it takes over all
-    tokens of a batch, ours is the mean over each answer, so that each pair has a loss."""
+    tokens of a batch, ours is the mean over each response, so that each pair has a loss."""
     means = [logps / n for logps, n in zip(world.logps, world.lengths)]
     trainer = SimpleNamespace(beta=0.1, accelerator=SimpleNamespace(device="cpu"))
     theirs = -ORPOTrainer.odds_ratio_loss(trainer, *means)[0]
