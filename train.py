@@ -3,7 +3,6 @@
     python train.py                      the toy world, whose exact optimum is known
     python train.py --data pairs.jsonl   your own preference pairs
     python train.py --resume             continue the run in out/ after Ctrl-C or a crash
-    torchrun --nproc_per_node=2 train.py --data pairs.jsonl
 
 Departures from the paper: AdamW and a linear decay (--optimizer rmsprop --no-decay undo both),
 clipped gradients, and other step sizes (the paper's: --lr 1e-6 --batch-size 64 --warmup-steps 150).
@@ -74,9 +73,10 @@ def main(argv=None):
     else:
         optimizer = OPTIMIZERS[args.optimizer](model.parameters())
         for step, steps, lr, ids in schedule(corpus, args.sft_epochs, args.sft_lr, args):
-            losses, _, norms = update(net, optimizer, lr, args, corpus, ids, lambda y: -y)
-            metrics = means({"loss": losses} | norms)
-            progress(f"SFT {step}/{steps}  loss {metrics['loss']:.3f} nats", step == steps)
+            losses, _, norm = update(net, optimizer, lr, args, corpus, ids, lambda y: -y)
+            mean = means({"loss": losses, "grad_norm": norm})["loss"]
+            progress(f"SFT {step}/{steps}  loss {mean:.3f} nats", step == steps)
+        means({"logps": all_logps(model, corpus[:9], args)})  # did the last step ruin the model?
         if RANK == 0:
             model.save_pretrained(out / "reference")
 
@@ -89,9 +89,10 @@ def main(argv=None):
         soft = drawn.p.float().to(device) if args.labels == "soft" else None
     ref_logps, held_out_ref = all_logps(model, rows, args), all_logps(model, held_out, args)
 
-    def evaluate():
+    def evaluate(logps=None):
+        means({"logps": all_logps(model, rows[:9], args)})  # as after SFT
         if world:
-            row = world.measure(world.logps(model), table, beta)
+            row = world.measure(world.logps(model) if logps is None else logps, table, beta)
             if args.labels == "deterministic":  # Eq. 7 then has no optimum, and no gap to it
                 del row["gap_closed"]
             return row
@@ -114,25 +115,25 @@ def main(argv=None):
         print("The policy starts as the reference, so the first DPO loss is log 2 = 0.6931")
     began = time.perf_counter()
     for step, steps, lr, ids in schedule(rows, args.epochs, args.lr, args, done):
-        losses, logps, norms = update(net, optimizer, lr, args, rows, ids, loss, ref_logps, soft)
+        losses, logps, norm = update(net, optimizer, lr, args, rows, ids, loss, ref_logps, soft)
         metrics = dpo.describe(*logps, *ref_logps[:, ids], beta=beta) | {"loss": losses}
-        metrics = {"step": step, "lr": lr} | means(metrics | norms)
-        evaluates, saves = step % args.eval_every == 0 or step == steps, step % args.save_every == 0
+        metrics = {"step": step, "lr": lr} | means(metrics | {"grad_norm": norm})
+        evaluates = step == steps or 0 in (step % args.eval_every, step % args.save_every)
         metrics |= evaluate() if evaluates else {}
         history.append(metrics)
         left = (steps - step) * (time.perf_counter() - began) / (step - done)
         shown = "loss", "margin", "weight", "gap_closed", "held_out_accuracy"
         line = "  ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)
         progress(f"DPO {step}/{steps}  {line}  {left:.0f} s left", step == 1 or evaluates)
-        if RANK == 0 and (evaluates or saves):
+        if RANK == 0 and evaluates:
             (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, history)) + "\n")
-        if RANK == 0 and saves:
+        if RANK == 0 and step % args.save_every == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             save({"step": step, "history": history} | state, out / "checkpoint.pt")
     results["policy"], tables = evaluate(), []
     if world:
         best, _ = dpo.optimal_policy(table, world.rewards, beta)
-        results["optimum"] = world.measure(best, table, beta)
+        results["optimum"] = evaluate(best)
         tables = table, world.logps(model), best
     for row, text in zip(held_out, before):
         after = model.complete(row.prompt, tokenizer)
@@ -151,7 +152,7 @@ def main(argv=None):
 
 def update(net, optimizer, lr, args, rows, ids, loss, ref_logps=None, soft=None):
     """One optimiser step on the mean loss of the pairs `ids` (B,). soft: (n,) soft labels.
-    Returns losses (B,), log-probs (2, B) and the norms of gradient and weights."""
+    Returns losses (B,), log-probs (2, B) and the gradient norm."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
@@ -168,9 +169,8 @@ def update(net, optimizer, lr, args, rows, ids, loss, ref_logps=None, soft=None)
         logged.append(torch.cat([losses[None], logps]).detach())
     grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.max_grad_norm)
     optimizer.step()
-    weight_norm = torch.nn.utils.get_total_norm([w.detach() for w in net.parameters()])
     losses, *logps = torch.cat(logged, 1)
-    return losses, logps, {"grad_norm": grad_norm, "weight_norm": weight_norm}
+    return losses, logps, grad_norm
 
 
 def call_loss(loss, policy_logps, ref_logps, lengths, beta):

@@ -70,7 +70,7 @@ def dpop_loss(
     beta=0.1,
     alpha=50.0,
 ):
-    """Eq. 7 with a penalty of alpha nats for each nat by which the chosen log-prob drops below the reference.
+    """Eq. 7 with a penalty: alpha nats for each nat of the chosen log-prob below the reference.
 
     DPO-Positive, Pal et al. 2024, arXiv 2402.13228, Eq. 3; alpha is their lambda. ValueError unless
     beta > 0.

@@ -67,6 +67,12 @@ def summary_of(out):
     return json.loads((out / "summary.json").read_text())
 
 
+def alike(line, other, **near):
+    """Metrics but for the accuracy, which rounding decides where margins are 0."""
+    line, other = ({k: x[k] for k in x if k != "accuracy"} for x in (line, other))
+    assert line == pytest.approx(other, **near)
+
+
 def same_weights(folder, other):
     one, two = (torch.load(path / "pytorch_model.bin") for path in (folder, other))
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
@@ -122,14 +128,14 @@ def test_a_step_takes_the_gradient_of_the_mean_of_eq7(micro, labels):
     logps = oracle(policy, [ROWS[i] for i in IDS])
     losses = losses_of(logps, ref[:, IDS])
     parts = losses.split(micro)
-    means = [part.mean() for part in parts]
+    means, places = [part.mean() for part in parts], [i % micro for i in range(len(IDS))]
     mistakes = {
         "the losses are summed, not averaged": losses.sum(),
         "the mean is divided by the number of micro-batches again": losses.mean() / len(parts),
         "a micro-batch is divided by its own pairs, not those of the batch": sum(means),
         "a short last micro-batch weighs as much as a full one": sum(means) / len(means),
         "only the last micro-batch counts": parts[-1].sum() / len(IDS),
-        "the reference is another pair's": losses_of(logps, ref[:, : len(IDS)]).mean(),
+        "the reference is another pair's": losses_of(logps, ref[:, places]).mean(),
         "chosen and rejected rows are exchanged": losses_of(logps.flip(0), ref[:, IDS]).mean(),
         "soft labels do not exchange the lengths": losses_of(logps, ref[:, IDS], lengths.flip(0)),
     }
@@ -148,9 +154,9 @@ def test_a_step_takes_the_gradient_of_the_mean_of_eq7(micro, labels):
     expect(torch.stack(got[1]), logps, "log-probs, in the order of the batch", 1e-9)
     expect(flat(weights), before - 0.01 * wanted, "one step at this learning rate", 1e-9)
     free, model = wanted.norm(), gpt(0)
-    *_, norms = step(model, ref, IDS, loss, soft, [*flags, "--max-grad-norm", 0.1])
+    *_, norm = step(model, ref, IDS, loss, soft, [*flags, "--max-grad-norm", 0.1])
     clipped = flat(w.grad for w in model.parameters())
-    assert free > 0.2 and norms["grad_norm"] == pytest.approx(free), "logged as it was"
+    assert free > 0.2 and norm == pytest.approx(free), "logged as it was"
     expect(clipped, wanted * 0.1 / free, "clipped, so shorter, in the same direction", 1e-5)
 
 
@@ -234,7 +240,7 @@ def toy(tmp_path_factory):
     flags = "--pairs 5120 --batch-size 128 --epochs 1.6 --sft-epochs 0.5 --beta 1.5 --eval-every 32"
     args = [sys.executable, ROOT / "train.py", *flags.split(), "--out", out]
     done = subprocess.run(args, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.returncode == 0, done.stderr
     ref, policy = (world.logps(GPT.from_pretrained(out / x)) for x in ("reference", "policy"))
     weights = ref.exp() * (world.rewards / 1.5).exp()
     best = (weights / weights.sum(-1, keepdim=True)).log()
@@ -321,7 +327,7 @@ def test_each_step_on_toy_pairs_by_hand(labels, tmp_path, monkeypatch):
     wanted |= {"chosen_reward": rewards[0], "rejected_reward": rewards[1]}
     wanted["weight"] = 1 / (1 + odds)  # sigma(r_rejected - r_chosen)
     wanted["loss"] = p * (1 + 1 / odds).log() + (1 - p) * (1 + odds).log()
-    wanted["grad_norm"] = [result[2]["grad_norm"] for _, result in updates[20:]]
+    wanted["grad_norm"] = [result[2] for _, result in updates[20:]]
     wanted["lr"] = rates[20:]
     for name, column in wanted.items():
         expect([line[name] for line in lines], column, name, 1e-4)
@@ -463,6 +469,7 @@ def test_from_a_saved_model_with_nothing_held_out(real, tmp_path):
     loss is log 2 then: every pair in its shuffled batch meets its own reference log-probs."""
     flags = [*real.flags[:2], "--init", real.out / "policy", "--micro-batch-size", 3]
     flags += "--tokenizer bytes --sft-epochs 0 --held-out 0 --lr 1e-30 --batch-size 4".split()
+    assert settings("--init", "gpt2").tokenizer == "gpt2" and settings().tokenizer == "bytes"
     summary, _, warned = run(*flags, "--out", tmp_path)
     _, *lines = lines_of(tmp_path)
     assert len(lines) == 4 * 8 - 1 and "held_out" not in str(lines) + str(summary["rows"])
@@ -481,8 +488,7 @@ def test_how_it_is_computed_and_watched_changes_nothing(real, tmp_path):
     outs = real.out, tmp_path / "watched", tmp_path / "parts"
     for line, watched, parts in zip(*map(lines_of, outs), strict=True):
         assert line.items() <= watched.items()
-        parts["accuracy"] = line.get("accuracy")  # may differ where margins are 0 but for rounding
-        assert parts == pytest.approx(line, rel=1e-2, abs=1e-3), "independent of micro-batches"
+        alike(parts, line, rel=1e-2, abs=1e-3)
 
 
 # Bad input
