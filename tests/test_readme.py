@@ -47,7 +47,7 @@ def test_flags_and_names(root, texts, capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
     flags = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) | {"--help"}
-    flags |= {"--quick", "--steps", "--generated", "--nproc_per_node"}  # not of train.py
+    flags |= {"--quick", "--steps", "--only", "--generated", "--nproc_per_node"}  # not of train.py
     for folder, text in texts.items():
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text)) <= flags
         named = re.findall(r"`((?:\w+/)*\w+\.(?:py|ipynb|txt|md))`", text)
@@ -250,7 +250,7 @@ def test_the_animation_ends_near_the_optimum(root, tmp_path):
     """Bars and trail move from the reference (no gap closed) to pi*; the committed one likewise."""
     _, ref = lab.reference(0)
     best, _ = dpo.optimal_policy(ref, lab.WORLD.rewards, lab.BETA)
-    shown = animate.answers_to_show(ref, best)
+    shown = animate.responses_to_show(ref, best)
     assert (lab.WORLD.rewards[0, shown].diff() >= 0).all(), "sorted by r*"
     assert {ref[0].argmax().item(), best[0].argmax().item()} <= set(shown.tolist())
     halfway = (ref.exp() / 2 + best.exp() / 2).log()

@@ -356,11 +356,14 @@ MORE = [f"{ROOT}/experiments/losses.py:{x}_loss" for x in "simpo orpo dpop unlik
 
 
 @pytest.mark.parametrize("loss", [*dpo.LOSSES, *MORE], ids=lambda loss: loss.split(":")[-1])
-def test_every_loss_trains(loss, toy, tmp_path):
+def test_every_loss_trains(loss, toy, tmp_path, monkeypatch):
     """New pairs, drawn here, are ranked better than by chance."""
+    updates = spy(monkeypatch, train, "update")
     flags = "--sft-epochs 0 --pairs 5120 --batch-size 128 --epochs 2 --init".split()
     _, printed, _ = run(*flags, toy.out / "reference", "--loss", loss, "--out", tmp_path)
     assert ("log 2" in printed) == (loss == "dpo")
+    used = {args[6].__name__.removesuffix("_loss") for args, _ in updates}
+    assert used == {loss.split(":")[-1].removesuffix("_loss")}
     ref, generator = toy.logps["reference"], torch.Generator().manual_seed(7)
     x, w, l, _ = toy.world.draw_pairs(ref, 9999, "hard", generator)
     rewards = toy.world.logps(GPT.from_pretrained(tmp_path / "policy")) - ref
