@@ -359,7 +359,7 @@ MORE = [f"{ROOT}/experiments/losses.py:{x}_loss" for x in "simpo orpo dpop unlik
 def test_every_loss_trains(loss, toy, tmp_path, monkeypatch):
     """New pairs, drawn here, are ranked better than by chance."""
     updates = spy(monkeypatch, train, "update")
-    flags = "--sft-epochs 0 --pairs 5120 --batch-size 128 --epochs 2 --init".split()
+    flags = "--sft-epochs 0 --pairs 3840 --batch-size 128 --epochs 2 --init".split()
     _, printed, _ = run(*flags, toy.out / "reference", "--loss", loss, "--out", tmp_path)
     assert ("log 2" in printed) == (loss == "dpo")
     used = {args[6].__name__.removesuffix("_loss") for args, _ in updates}
@@ -368,7 +368,7 @@ def test_every_loss_trains(loss, toy, tmp_path, monkeypatch):
     x, w, l, _ = toy.world.draw_pairs(ref, 9999, "hard", generator)
     rewards = toy.world.logps(GPT.from_pretrained(tmp_path / "policy")) - ref
     margins = rewards[x, w] - rewards[x, l]
-    assert (margins > 0).sum() > 1.15 * (margins < 0).sum()
+    assert (margins > 0).sum() > 1.1 * (margins < 0).sum()
 
 
 def test_a_loss_gets_what_its_signature_names():
@@ -406,7 +406,8 @@ def test_a_wrong_loss_of_ones_own_shows_its_traceback(name, tmp_path):
     file, (error, says) = tmp_path / "mine.py", WRONG[name]
     file.write_text(MINE)
     with pytest.raises(error, match=says) as raised:
-        run("--loss", f"{file}:{name}", "--sft-epochs", 0.001, "--out", tmp_path / "out")
+        flags = ["--pairs", 99, "--sft-epochs", 0.001, "--out", tmp_path / "out"]
+        run("--loss", f"{file}:{name}", *flags)
     assert (tmp_path / "out").exists() == (name == "mean_of_many")
     last = traceback.extract_tb(raised.tb)[-1]
     assert name != "raises" or (last.filename, last.lineno) == (str(file), 4)
@@ -455,15 +456,15 @@ def test_held_out_pairs_are_measured_before_and_after(real):
         assert row == pytest.approx(wanted, abs=1e-3)
     steps = [line["step"] for line in lines_of(real.out) if "held_out_loss" in line]
     assert steps == [0, 3, 6, 7] and "held_out_accuracy" in real.printed
-    for row in held_out[:2]:
-        prompt, texts = tokenizer.decode(row.prompt), []
+    for prompt in dict.fromkeys(tuple(row.prompt) for row in held_out):  # two, with two pairs each
+        texts = [tokenizer.decode(prompt)]
         for model in models:
-            ids = list(row.prompt)
-            while len(ids) < len(row.prompt) + 100 and 256 not in ids:
+            ids = list(prompt)
+            while len(ids) < len(prompt) + 100 and 256 not in ids:
                 ids.append(model(torch.tensor([ids[-64:]]))[0, -1].argmax().item())
-            texts.append(tokenizer.decode(ids[len(row.prompt) :]))
-        assert "\n{}\nbefore DPO: {}\nafter DPO: {}\n".format(prompt, *texts) in real.printed
-        assert texts[0] != texts[1]
+            texts.append(tokenizer.decode(ids[len(prompt) :]))
+        assert "\n{}\nbefore DPO: {}\nafter DPO: {}\n".format(*texts) in real.printed
+        assert texts[1] != texts[2]
     assert real.printed.count("before DPO") == 2
 
 
@@ -541,8 +542,8 @@ def test_a_ruined_model_is_no_success(phase, kind, steps, rate, real, tmp_path):
     flags = ["--pairs", 999, "--batch-size", 8, "--sft-epochs", 0.01, "--epochs", 0.1]
     flags = [*real.flags, "--held-out", 0] if kind == "real" else flags
     flags += [f"--{phase}epochs", 1e-5] if steps == "one" else []
-    flags += [f"--{phase}lr", rate]
+    flags += [f"--{phase}lr", rate, "--save-every", 1, "--eval-every", 99]
     with pytest.raises(data.InputError, match="learning rate"):
         run(*flags, "--out", tmp_path)
-    assert not (tmp_path / "policy").exists()
+    assert not (tmp_path / "policy").exists() and not (tmp_path / "checkpoint.pt").exists()
     assert not (phase and (tmp_path / "reference").exists())

@@ -105,7 +105,7 @@ def test_a_killed_run_is_resumed_to_the_same_weights(where, whole, tmp_path):
     flags = [*map(str, TOY), "--out", str(tmp_path)]
     code = "import pytest, torch, train; from test_train_runs import stop\n"
     code += f"stop(pytest.MonkeyPatch(), ({where}), *{flags}, kill=True)"
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     killed = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run("--resume", "--out", tmp_path)
