@@ -101,11 +101,12 @@ def main(argv=None):
         return means({f"held_out_{name}": metrics[name] for name in names}) if held_out else {}
 
     results = {"reference": evaluate()}
-    before = [model.complete(row.prompt, tokenizer) for row in held_out[:2]]
+    prompts = list(dict.fromkeys(tuple(row.prompt) for row in held_out))[:2]
+    before = [model.complete(prompt, tokenizer) for prompt in prompts]
 
     # DPO: it starts at the reference, where every DPO loss is -log sigma(0) = log 2 = 0.6931
     optimizer = OPTIMIZERS[args.optimizer](model.parameters())
-    done, history = 0, [{"step": 0} | results["reference"]]
+    done, history, began = 0, [{"step": 0} | results["reference"]], time.perf_counter()
     if args.resume and (out / "checkpoint.pt").exists():
         state = load(out / "checkpoint.pt")
         model.load_state_dict(state["model"])
@@ -113,7 +114,6 @@ def main(argv=None):
         done, history = state["step"], state["history"]
     elif args.loss == "dpo":
         print("The policy starts as the reference, so the first DPO loss is log 2 = 0.6931")
-    began = time.perf_counter()
     for step, steps, lr, ids in schedule(rows, args.epochs, args.lr, args, done):
         losses, logps, norm = update(net, optimizer, lr, args, rows, ids, loss, ref_logps, soft)
         metrics = dpo.describe(*logps, *ref_logps[:, ids], beta=beta) | {"loss": losses}
@@ -135,9 +135,9 @@ def main(argv=None):
         best, _ = dpo.optimal_policy(table, world.rewards, beta)
         results["optimum"] = evaluate(best)
         tables = table, world.logps(model), best
-    for row, text in zip(held_out, before):
-        after = model.complete(row.prompt, tokenizer)
-        print(f"\n{tokenizer.decode(row.prompt)}\nbefore DPO: {text}\nafter DPO: {after}")
+    for prompt, text in zip(prompts, before):
+        after = model.complete(prompt, tokenizer)
+        print(f"\n{tokenizer.decode(prompt)}\nbefore DPO: {text}\nafter DPO: {after}")
     summary = {"config": vars(args), "seconds": round(time.perf_counter() - start, 1)}
     summary |= {"gap_closed": results["policy"].get("gap_closed"), "rows": results}
     report(summary, world, tables)
