@@ -406,7 +406,7 @@ PLANTED = [
     ("run, an unfinished run is overwritten by the toy world", "train.py",
      'if config.get("data") and not', 'if args.data and config.get("data") and not'),
     ("run, weights ruined by the last step", "train.py",
-     '"weight_norm": weight_norm}', '"weight_norm": grad_norm}'),
+     '        means({"logps": all_logps(model, rows[:9], args)})  # as after SFT\n', ""),
     ("run, another architecture is read as GPT-2's", "model.py",
      "if given.get(key, fixed[key]) != fixed[key]", "if False"),
     ("run, checkpoint written in its place", "model.py", 'Path(f"{path}.tmp")', "Path(path)"),
