@@ -467,7 +467,7 @@ PLANTED = [
      'if not (folder / "model.safetensors").is_file():',
      'if (folder / "pytorch_model.bin").is_file():'),
     ("run, a stale safetensors file stays", "model.py",
-     "            (folder / stale).unlink(missing_ok=True)", "            pass"),
+     "            (folder / name).unlink(missing_ok=True)", "            pass"),
     ("run, an untied head is dropped", "model.py",
      'if head is not None and not torch.equal(head, state.setdefault("wte.weight", '
      "head)):",
