@@ -644,10 +644,11 @@ def run(mutant, clean):
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             stem, folder = Path(file).stem, Path(file).parent.name  # its own tests first
             runs = name.startswith("run")
+            slow = ["-m", "slow or not slow"] if runs else []
             tests = sorted(
                 TESTS, key=lambda x: (("runs" in x) != runs, stem not in x, folder not in x)
             )
-            status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], [first])
+            status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *slow, *tests], [first])
         signal.alarm(0)
         os.chdir("/")
         return name, first.name or ("" if status == 0 else "no test can start")
