@@ -21,7 +21,7 @@ import torch
 import dpo
 
 END = "<|endoftext|>"  # the end token, which every tokenizer here has
-ASSISTANT = "\n\nAssistant:"  # begins a response in Anthropic's dialogues
+ROLES = {"system": "\n\nSystem:", "user": "\n\nHuman:", "assistant": "\n\nAssistant:"}
 
 
 class InputError(ValueError):
@@ -37,49 +37,68 @@ class Pair(NamedTuple):
 
 
 def load_pairs(path):
-    """A file of JSON lines {"prompt": ..., "chosen": ..., "rejected": ...} or, without a prompt, of
-    dialogues (see `split_dialogues`) -> list of Pair.
+    """A file of JSON lines -> list of Pair. A line holds `prompt`, `chosen` and `rejected`, or two
+    whole dialogues and no prompt. Each is a text or a list of messages with `role` and `content`.
 
-    Lines that do not hold two different responses to one prompt are dropped, and a warning counts
-    them. InputError names file, line and field. OSError if the file cannot be read.
+    Lines without two different responses to one prompt are dropped. Warnings count these and what
+    looks odd. InputError if a line is not JSON or no pair is left, OSError if there is no file.
     """
-    pairs, dropped = [], []
+    pairs, dropped, record = [], [], {}
     with open(path, "rb") as file:  # as bytes: text that is not UTF-8 is then an error of its line
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
+                pair = to_pair(record)
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}:{number}: not a line of JSON ({error})") from None
-            if not isinstance(record, dict):
-                raise InputError(f"{path}:{number}: not a JSON object ({', '.join(Pair._fields)})")
-            whole = "prompt" not in record and ASSISTANT in "".join(map(str, record.values()))
-            texts = {field: record.get(field) for field in Pair._fields[whole:]}
-            for field, text in texts.items():
-                if not isinstance(text, str) or not text.strip():
-                    raise InputError(f'{path}:{number}: "{field}" must be a string, and not empty')
-            pair = split_dialogues(**texts) if whole else Pair(**texts)
-            if pair and pair.chosen != pair.rejected:
-                pairs.append(pair)
-            else:
-                dropped.append(number)
-    if dropped:
-        which = f"{len(dropped)}, the first in line {dropped[0]}"
-        warnings.warn(f"{path}: dropped, not two different responses: {which}", stacklevel=2)
+                why = f"not a line of JSON ({error}); save it as UTF-8, one object a line"
+                raise InputError(f"{path}:{number}: {why}") from None
+            except (AttributeError, KeyError, TypeError):  # some other form
+                pair = None
+            (pairs if pair else dropped).append(pair or number)
+    needs = 'two different responses to one prompt (in dialogues, after the same last "Assistant:")'
     if not pairs:
-        raise InputError(f"{path}: no usable pair")
+        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise InputError(f"{path}: no line has {needs}; found: {found}")
+    texts = [(prompt, response) for prompt, *both in pairs for response in both]
+    ends = "|>", "</s>"  # such as <|endoftext|>: here plain text, for encode_pairs adds its own
+    odd = {
+        f"lines dropped, the first is {min(dropped, default=0)}, without {needs}": len(dropped),
+        "pairs that repeat an earlier pair": len(pairs) - len(set(pairs)),
+        "responses that repeat their prompt": sum(y.startswith(x) for x, y in texts),
+        "responses that end in an end token": sum(y.rstrip().endswith(ends) for _, y in texts),
+    }
+    for what in filter(odd.get, odd):
+        warnings.warn(f"{path}: {what}: {odd[what]}", stacklevel=2)
     return pairs
 
 
-def split_dialogues(chosen, rejected):
-    """Anthropic's form (HH): two whole dialogues -> Pair. The prompt is what both share, up to its
-    last "Assistant:". None if they differ before the last response, or if one has none.
+def to_pair(record):
+    """A line in any form -> Pair; None, or a KeyError or the like, if it is not one.
+
+    Messages are written as a dialogue in Anthropic's form (HH). Two whole dialogues share a prompt
+    up to their last common "Assistant:"; if they go on for more than a response, there is no pair.
     """
-    before, turn, _ = commonprefix([chosen, rejected]).rpartition(ASSISTANT)
-    responses = [text.removeprefix(before + turn) for text in (chosen, rejected)]
-    one_turn = all(y.strip() and not re.search(r"\n\n(Human|Assistant):", y) for y in responses)
-    return Pair(before + turn, *responses) if one_turn else None
+    prompt, *both = [record.get(field) or "" for field in Pair._fields]
+    if list in map(type, (prompt, *both)):
+        prompt, *both = map(as_dialogue, (prompt, *both), ("user", "assistant", "assistant"))
+        prompt, both = "", [prompt + y if y.startswith(ROLES["assistant"]) else y for y in both]
+    if not prompt:
+        both = [text.replace("\r\n", "\n") for text in both]
+        prompt = "".join(commonprefix(both).rpartition(ROLES["assistant"])[:2])
+        both = [text.removeprefix(prompt) for text in both]
+        if any(re.search("\n\n(Human|Assistant):", text) for text in both):
+            return None
+    pair = Pair(prompt, *both)
+    return pair if all(map(str.strip, pair)) and pair.chosen != pair.rejected else None
+
+
+def as_dialogue(turns, role):
+    """Messages, or a text that `role` wrote, as a dialogue in Anthropic's form."""
+    if isinstance(turns, str):
+        turns = [{"role": role, "content": turns}] * bool(turns)
+    return "".join(f"{ROLES[turn['role']]} " + turn["content"] for turn in turns)
 
 
 # Text -> token ids
@@ -93,16 +112,13 @@ def get_tokenizer(name):
         ranks = {bytes([byte]): byte for byte in range(256)}
         end = {END: 256}
         return tiktoken.Encoding(name, pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens=end)
-    known = ["bytes", *tiktoken.list_encoding_names()]
-    if name not in known:
-        raise InputError(f'unknown tokenizer "{name}"; known are {", ".join(known)}')
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # whatever its download library raises
-        raise InputError(
-            f'tokenizer "{name}": download failed ({type(error).__name__}). Use --tokenizer bytes '
-            "or copy the folder TIKTOKEN_CACHE_DIR from a machine that has a network"
-        ) from None
+        known = ", ".join(["bytes", *tiktoken.list_encoding_names()])
+        why = f"not one of {known}, or its download failed ({type(error).__name__})"
+        help = "without a network use bytes, or copy the folder TIKTOKEN_CACHE_DIR from elsewhere"
+        raise InputError(f"tokenizer {name}: {why}; {help}") from None
 
 
 class TokenPair(NamedTuple):
@@ -206,12 +222,8 @@ def collate(rows, pair_ids):
 # The toy world
 
 NOUNS = ["film", "hotel"]
-OPINIONS = {  # what an adjective says of a film, of a hotel
-    "good": (2.0, 2.0),
-    "dull": (-2.0, -1.0),
-    "quiet": (-0.5, 1.5),
-    "funny": (1.5, -0.5),
-}
+# What an opinion is worth of a film, of a hotel
+OPINIONS = {"good": (2.0, 2.0), "dull": (-2.0, -1.0), "quiet": (-0.5, 1.5), "funny": (1.5, -0.5)}
 DEGREES = {"not": -1.0, "very": 1.5}
 
 
@@ -232,8 +244,7 @@ class ToyWorld:
     of K words does not.
 
     prompts: P texts; responses: Y texts; prompt_ids, response_ids: their tokens; grammatical (Y,):
-    True for sentences of the corpus without slips; rewards: the true r*, (P, Y) float64. The world
-    is fixed. What is drawn from it takes a torch.Generator.
+    True for sentences of the corpus without slips; rewards: the true r*, (P, Y) float64.
     """
 
     K = 3
@@ -257,9 +268,7 @@ class ToyWorld:
 
     def reward(self, prompt, response):
         """r*(x, y): the mean of the opinions in y, so that length does not decide; 0 without any.
-
-        The degrees before an opinion multiply it, and what it is worth depends on the noun, so r*
-        is not a sum over words.
+        Degrees multiply the next opinion, and opinions depend on the noun: r* is no sum over words.
         """
         noun = NOUNS.index(prompt.split()[1])
         opinions, degree = [], 1.0
@@ -303,28 +312,18 @@ class ToyWorld:
 
     def rows(self, drawn):
         """Drawn preferences as a list of TokenPair."""
-        prompts, responses = self.prompt_ids.tolist(), self.response_ids
-        places = zip(*(column.tolist() for column in drawn[:3]))
-        return [TokenPair(prompts[x], responses[w], responses[l]) for x, w, l in places]
+        x, y = self.prompt_ids.tolist(), self.response_ids
+        drawn = zip(*(column.tolist() for column in drawn[:3]))
+        return [TokenPair(x[prompt], y[chosen], y[rejected]) for prompt, chosen, rejected in drawn]
 
     @torch.no_grad()
     def logps(self, model):
-        """log pi(y|x) of every response to every prompt under the model: (P, Y) float64, exactly.
-
-        Only the W^(K-1) longest prefixes are fed: being causal, they hold the shorter ones.
-        """
-        K, W, P = self.K, self.W, len(self.prompts)
-        prefixes = torch.tensor(list(itertools.product(range(W), repeat=K - 1)))
-        prompts = self.prompt_ids.repeat_interleave(len(prefixes), 0)
-        ids = torch.cat([prompts, prefixes.repeat(P, 1)], 1).to(model.device)  # (P * W^(K-1), T)
-        logits = model(ids)[:, -K:].cpu()  # from the last prompt token on
-        logps = logits.double().log_softmax(-1).unflatten(0, (P, -1))  # (P, W^(K-1), K, W + 1)
-        so_far, listed = torch.zeros(P, 1, dtype=torch.float64), []
-        for k in range(K):  # so_far (P, W^k): log-probs of the first k words
-            longer = so_far[..., None] + logps[:, :: W ** (K - 1 - k), k]  # (P, W^k, W + 1)
-            listed.append(longer[..., W])  # the end token: a response of k words
-            so_far = longer[..., :W].flatten(1)
-        return torch.cat([*listed, so_far], 1)  # K words: complete without an end token
+        """log pi(y|x) of every response to every prompt under the model: (P, Y) float64."""
+        listed = itertools.product(self.prompt_ids.tolist(), self.response_ids)
+        rows = [TokenPair(prompt, response, []) for prompt, response in listed]
+        ids, mask = collate(rows, range(len(rows)))
+        logps = dpo.response_logps(model, ids.to(model.device), mask)
+        return logps.cpu().double().view(self.rewards.shape).log_softmax(-1)  # a sum of 1, exactly
 
     def measure(self, logps, ref_logps, beta, prompts=slice(None)):
         """The exact numbers of a policy, means over `prompts`: two (P, Y) -> a dict of floats.
@@ -347,4 +346,5 @@ class ToyWorld:
 
 
 if __name__ == "__main__":
+    getattr(sys.stdout, "reconfigure", lambda **_: None)(errors="replace")  # Jupyter has none
     show(*sys.argv[1:])

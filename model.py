@@ -133,7 +133,11 @@ class GPT(nn.Module):
         """The likeliest continuation of a prompt (token ids), at most 100 tokens, as text."""
         ids = torch.tensor([prompt], device=self.device)
         ids = self.generate(ids, 100, temperature=0, stop_token=tokenizer.eot_token)
-        return tokenizer.decode(ids[0, len(prompt) :].tolist())
+        text = b""
+        for token in ids[0, len(prompt) :].tolist():
+            with suppress(KeyError):  # some vocabularies have ids without a text
+                text += tokenizer.decode_single_token_bytes(token)
+        return text.decode(errors="replace")
 
     def save_pretrained(self, folder):
         """Write pytorch_model.bin and config.json in Hugging Face's GPT-2 format, or OSError."""
@@ -143,9 +147,8 @@ class GPT(nn.Module):
         save(transposed(state), folder / "pytorch_model.bin")
         config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]} | asdict(self.config)
         save_json(config | {"bos_token_id": config["eos_token_id"]}, folder / "config.json")
-        stale = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
-        for name in stale:  # which transformers would prefer to ours
-            (folder / name).unlink(missing_ok=True)
+        for stale in [*folder.glob("*.safetensors*"), folder / "generation_config.json"]:
+            stale.unlink(missing_ok=True)  # transformers would prefer it to ours
 
 
 def read(name):
@@ -174,24 +177,21 @@ def transposed(state):
     return {k: v.T.contiguous() if k.endswith(kinds) else v for k, v in state.items()}
 
 
-def save(state, path):
+def save(state, path, write=None):
     """Write a temporary file, then rename it: never half a file. On OSError the old one stays."""
-    temporary = Path(f"{path}.tmp")
     try:
-        with os_error(f"{path} is not written"), open(temporary, "wb") as file:
-            torch.save(state, file)
+        with os_error(f"{path} is not written"), open(f"{path}.tmp", "wb") as file:
+            (write or torch.save)(state, file)
             file.flush()
             with suppress(OSError):  # some file systems have no fsync
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(f"{path}.tmp", path)
     finally:
-        temporary.unlink(missing_ok=True)
+        Path(f"{path}.tmp").unlink(missing_ok=True)
 
 
 def save_json(record, path):
-    with os_error(f"{path} is not written"):
-        Path(f"{path}.tmp").write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(f"{path}.tmp", path)
+    save(json.dumps(record, indent=2) + "\n", path, lambda text, file: file.write(text.encode()))
 
 
 def load(path):

@@ -4,8 +4,7 @@
     python train.py --data pairs.jsonl   your own preference pairs
     python train.py --resume             continue the run in out/ after Ctrl-C or a crash
 
-Departures from the paper: AdamW and a linear decay (--optimizer rmsprop --no-decay undo both),
-clipped gradients, and other step sizes (the paper's: --lr 1e-6 --batch-size 64 --warmup-steps 150).
+Departures from the paper: AdamW, a linear decay, clipped gradients, other step sizes (see README).
 Shapes: n pairs in all, B in a step of this process, b in a micro-batch. Log-probs are in nats.
 """
 
@@ -28,20 +27,18 @@ from torch import distributed
 
 import data
 import dpo
-from model import GPT, GPTConfig, load, save, save_json
+from model import GPT, GPTConfig, load, os_error, save, save_json
 
 REAL = dict(  # the defaults with --data; the toy world's are in parse_args
     block_size=1024, n_layer=4, n_head=4, n_embd=128, beta=None, sft_epochs=6.0, sft_lr=2e-3,
-    epochs=4.0, lr=5e-4, warmup_steps=10, batch_size=32, micro_batch_size=8, eval_every=20,
-    save_every=100,
+    epochs=4.0, lr=5e-4, warmup_steps=10, batch_size=32, micro_batch_size=8, eval_every=None,
 )  # fmt: skip
 OPTIMIZERS = {  # the betas are GPT-3's: with torch's 0.999 some toy runs stay on a plateau
     "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     "rmsprop": torch.optim.RMSprop,  # the paper's
 }
 TORCHRUN = os.environ.get("RANK") and os.environ.get("WORLD_SIZE")
-RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # which process this is
-PROCESSES = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1  # number of processes
+RANK, PROCESSES = (int(os.environ[x]) for x in ("RANK", "WORLD_SIZE")) if TORCHRUN else (0, 1)
 
 
 def main(argv=None):
@@ -55,17 +52,32 @@ def main(argv=None):
     tokenizer = world.tokenizer if world else data.get_tokenizer(args.tokenizer)
     pairs = data.load_pairs(args.data) if args.data else []
     model = build_model(args, tokenizer).to(device)
-    generator = torch.Generator().manual_seed(args.seed)
+    seeded = torch.Generator().manual_seed
     if world:
-        corpus = world.corpus(generator)
+        corpus = world.corpus(seeded(args.seed))
     else:
         rows = data.encode_pairs(pairs, tokenizer, min(args.block_size, model.config.n_positions))
-        rows, held_out = data.split(rows, args.held_out, generator)
+        rows, held_out = data.split(rows, args.held_out, seeded(args.seed))
         corpus = [row._replace(rejected=[]) for row in rows]
-    claim(out, args, rows + held_out)
     if args.compile:
         model.compile(dynamic=True)
+        with os_error("--compile"):  # where there is no compiler, torch says so in a hundred lines
+            all_logps(model, (rows or corpus)[:1], args)
+    claim(out, args, rows + held_out)
     net = torch.nn.parallel.DistributedDataParallel(model) if PROCESSES > 1 else model
+
+    def score():  # log pi of every response in the toy world, (P, Y), else of the held-out, (2, n)
+        return world.logps(model) if world else all_logps(model, held_out, args)
+
+    def evaluate(logps):
+        if world:
+            row = world.measure(logps, table, beta)
+            if args.labels == "deterministic":  # Eq. 7 then has no optimum, and no gap to it
+                del row["gap_closed"]
+            return row
+        metrics = dpo.describe(*logps, *table, beta=beta)
+        names = "loss", "accuracy", "margin", "chosen_logp", "rejected_logp"
+        return means({f"held_out_{name}": metrics[name] for name in names}) if held_out else {}
 
     # SFT: maximise log pi(y|x) of the corpus or, with --data, of the chosen responses
     if args.resume and (out / "reference" / "config.json").exists():
@@ -81,26 +93,13 @@ def main(argv=None):
             model.save_pretrained(out / "reference")
 
     # The reference: the model after SFT. It never changes, so its log-probs are computed once, here
+    table = score()
     if world:
-        table = world.logps(model)  # log pi_ref of every response
-        generator = torch.Generator().manual_seed(args.seed + 1)
-        drawn = world.draw_pairs(table, args.pairs, args.labels, generator)
+        drawn = world.draw_pairs(table, args.pairs, args.labels, seeded(args.seed + 1))
         rows = world.rows(drawn)
         soft = drawn.p.float().to(device) if args.labels == "soft" else None
-    ref_logps, held_out_ref = all_logps(model, rows, args), all_logps(model, held_out, args)
-
-    def evaluate(logps=None):
-        means({"logps": all_logps(model, rows[:9], args)})  # as after SFT
-        if world:
-            row = world.measure(world.logps(model) if logps is None else logps, table, beta)
-            if args.labels == "deterministic":  # Eq. 7 then has no optimum, and no gap to it
-                del row["gap_closed"]
-            return row
-        metrics = dpo.describe(*all_logps(model, held_out, args), *held_out_ref, beta=beta)
-        names = "loss", "accuracy", "margin", "chosen_logp", "rejected_logp"
-        return means({f"held_out_{name}": metrics[name] for name in names}) if held_out else {}
-
-    results = {"reference": evaluate()}
+    ref_logps = all_logps(model, rows, args)
+    results = {"reference": evaluate(table)}
     prompts = list(dict.fromkeys(tuple(row.prompt) for row in held_out))[:2]
     before = [model.complete(prompt, tokenizer) for prompt in prompts]
 
@@ -118,23 +117,26 @@ def main(argv=None):
         losses, logps, norm = update(net, optimizer, lr, args, rows, ids, loss, ref_logps, soft)
         metrics = dpo.describe(*logps, *ref_logps[:, ids], beta=beta) | {"loss": losses}
         metrics = {"step": step, "lr": lr} | means(metrics | {"grad_norm": norm})
-        evaluates = step == steps or 0 in (step % args.eval_every, step % args.save_every)
-        metrics |= evaluate() if evaluates else {}
+        every = args.eval_every or math.ceil(10 * len(held_out) / (PROCESSES * len(ids))) or steps
+        evaluates = step == steps or (step % every == 0 and step + every <= steps)
+        saves = step % args.save_every == 0
+        if evaluates or saves:  # as after SFT
+            means({"logps": all_logps(model, rows[:9], args)})
+        metrics |= evaluate(score()) if evaluates else {}
         history.append(metrics)
         left = (steps - step) * (time.perf_counter() - began) / (step - done)
         shown = "loss", "margin", "weight", "gap_closed", "held_out_accuracy"
         line = "  ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)
-        progress(f"DPO {step}/{steps}  {line}  {left:.0f} s left", step == 1 or evaluates)
-        if RANK == 0 and evaluates:
+        progress(f"DPO {step}/{steps}  {line}  {left:.0f} s left", step == 1 or evaluates or saves)
+        if RANK == 0 and (evaluates or saves):
             (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, history)) + "\n")
-        if RANK == 0 and step % args.save_every == 0:
+        if RANK == 0 and saves:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             save({"step": step, "history": history} | state, out / "checkpoint.pt")
-    results["policy"], tables = evaluate(), []
+    results["policy"], tables = {name: history[-1][name] for name in results["reference"]}, []
     if world:
-        best, _ = dpo.optimal_policy(table, world.rewards, beta)
-        results["optimum"] = evaluate(best)
-        tables = table, world.logps(model), best
+        tables = table, score(), dpo.optimal_policy(table, world.rewards, beta)[0]
+        results["optimum"] = evaluate(tables[-1])
     for prompt, text in zip(prompts, before):
         after = model.complete(prompt, tokenizer)
         print(f"\n{tokenizer.decode(prompt)}\nbefore DPO: {text}\nafter DPO: {after}")
@@ -153,8 +155,7 @@ def main(argv=None):
 def update(net, optimizer, lr, args, rows, ids, loss, ref_logps=None, soft=None):
     """One optimiser step on the mean loss of the pairs `ids` (B,). soft: (n,) soft labels.
     Returns losses (B,), log-probs (2, B) and the gradient norm."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    optimizer.param_groups[0]["lr"] = lr  # there is one group
     optimizer.zero_grad()
     parts, logged = ids.split(args.micro_batch_size), []
     for part in parts:
@@ -204,16 +205,14 @@ def all_logps(model, rows, args):
 
 
 def schedule(rows, epochs, peak_lr, args, done=0):
-    """Yields (step, steps, learning rate, this process's pairs) of each step after `done`.
-    The order follows from seed and number of processes, so a resumed run gets the same batches."""
+    """Yields (step, steps, learning rate, this process's pairs) after step `done`, by the seed."""
     batch_size = max(1, min(args.batch_size, len(rows)) // PROCESSES) * PROCESSES
     steps = math.ceil(epochs * len(rows) / batch_size)
     warmup = max(1, min(args.warmup_steps, steps // 10))
     generator = torch.Generator().manual_seed(args.seed + 2)
     for step, ids in zip(range(1, steps + 1), data.batches(rows, batch_size, generator)):
-        lr = peak_lr * min(1, step / warmup)
-        if args.decay and step > warmup:
-            lr = peak_lr * (steps - step + 1) / (steps - warmup)
+        decay = (steps - step + 1) / max(1, steps - warmup) if args.decay else 1
+        lr = peak_lr * min(1, step / warmup, decay)
         if step > done:
             yield step, steps, lr, ids[RANK::PROCESSES]
 
@@ -221,9 +220,8 @@ def schedule(rows, epochs, peak_lr, args, done=0):
 def build_model(args, tokenizer):
     """The GPT that --init names, or a new one. InputError if it does not fit the tokenizer."""
     torch.manual_seed(args.seed)
-    shape = args.block_size, args.n_embd, args.n_layer, args.n_head
-    config = GPTConfig(tokenizer.n_vocab, *shape)
-    model = GPT.from_pretrained(args.init) if args.init else GPT(config)
+    shape = tokenizer.n_vocab, args.block_size, args.n_embd, args.n_layer, args.n_head
+    model = GPT.from_pretrained(args.init) if args.init else GPT(GPTConfig(*shape))
     if model.config.vocab_size != tokenizer.n_vocab:
         raise data.InputError(f"--init {args.init}: its vocabulary is not that of the tokenizer")
     model.config.eos_token_id = tokenizer.eot_token
@@ -272,8 +270,9 @@ def parse_args(argv=None):
     add("--device", default="auto", help="auto is the accelerator, else cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
     add("--compile", action="store_true", help="use torch.compile")
-    add("--eval-every", type=int, default=100, help="steps between evaluations")
-    add("--save-every", type=int, default=500, help="steps between checkpoints")
+    add("--eval-every", type=int, default=100, help="steps between evaluations; if None, so many "
+        "that at most one pair is evaluated for ten that are trained on")  # fmt: skip
+    add("--save-every", type=int, default=100, help="steps between checkpoints")
     add("--resume", action="store_true", help="continue the run in --out with its own settings")
     add("--seed", type=int, default=0, help="of weights, corpus, pairs and their order")
     add("--out", default="out", help="folder for everything that is written")
@@ -285,9 +284,10 @@ def parse_args(argv=None):
     if args.resume and vars(args) | kept != vars(args):
         parser.error("--resume continues with the run's own settings: leave out other flags")
     for name, value in vars(args).items():
-        may_be_0 = name in ("held_out", "sft_epochs", "warmup_steps", "seed")
-        if type(value) in (int, float) and not (0 < value < math.inf or (value == 0 and may_be_0)):
-            parser.error(f"--{name.replace('_', '-')} {value} is out of range")
+        low = 0 if name in ("held_out", "sft_epochs", "warmup_steps", "seed") else 1e-99
+        high = 1 if name == "held_out" else 1e99
+        if value == "" or (type(value) in (int, float) and not low <= value <= high):
+            parser.error(f"--{name.replace('_', '-')} {value!r} is out of range")
     args.tokenizer = args.tokenizer or ("gpt2" if args.init else "bytes")
     return args
 
@@ -328,7 +328,7 @@ def set_up(args):
         torch.cuda.set_device(RANK % torch.cuda.device_count())
     if PROCESSES > 1:
         distributed.init_process_group()
-    if RANK > 0:
+    if RANK > 0 or sys.stdout is None:  # None where it is closed
         sys.stdout = open(os.devnull, "w")
     if not args.data:
         torch.set_num_threads(min(2, torch.get_num_threads()))  # tiny products: more are slower
@@ -348,9 +348,8 @@ def means(columns):
 
 def progress(line, keep):
     """A line that changes in place on a terminal. Piped, only the lines to keep are printed."""
-    terminal = sys.stdout.isatty()
-    if keep or terminal:
-        print("\r\033[K" * terminal + line, end="\n" * keep, flush=True)
+    if keep or sys.stdout.isatty():
+        print("\r\033[K" * sys.stdout.isatty() + line, end="\n" * keep, flush=True)
 
 
 def report(summary, world, tables):
@@ -389,7 +388,8 @@ def plot(history, path):
 
 if __name__ == "__main__":
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    sys.stdout.reconfigure(errors="replace")  # a sample may hold what a terminal cannot show
+    if hasattr(sys.stdout, "reconfigure"):  # Jupyter's has none
+        sys.stdout.reconfigure(errors="replace")  # a sample may hold what a terminal cannot show
     try:
         main()
     except (data.InputError, OSError) as error:

@@ -8,6 +8,7 @@
 import argparse
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -48,9 +49,18 @@ def sample(folder, prompt, temperature=1.0, n=3, seed=0, max_new_tokens=100):
         rows = model.generate(
             rows, max_new_tokens, temperature, stop_token=tokenizer.eot_token, generator=random
         )
-        texts = [tokenizer.decode(row[len(ids) :].tolist()) for row in rows]
+        texts = [to_text(row[len(ids) :].tolist(), tokenizer) for row in rows]
         responses[name] = [text.split(data.END)[0].strip() for text in texts]
     return responses
+
+
+def to_text(ids, tokenizer):
+    """As tokenizer.decode; ids without a text, which some vocabularies have, are left out."""
+    text = b""
+    for token in ids:
+        with suppress(KeyError):
+            text += tokenizer.decode_single_token_bytes(token)
+    return text.decode(errors="replace")
 
 
 def main(argv=None):
@@ -72,4 +82,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if hasattr(sys.stdout, "reconfigure"):  # Jupyter's has none
+        sys.stdout.reconfigure(errors="replace")
     main()

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import re
 import runpy
 import sys
 import warnings
@@ -34,67 +35,118 @@ def write(tmp_path, *lines):
 
 # Files
 
-BAD = {  # a line -> what the error says of it
-    "{": "not a line of JSON",
-    "[" * 100_000: "not a line of JSON",
-    "[1]": "not a JSON object",
-    '{"prompt": "\udcff"}': "not a line of JSON",  # bytes that are no text
-    '{"prompt": "a", "chosen": "b"}': '"rejected"',
-    json.dumps(GOOD | {"chosen": "  \n"}): '"chosen"',
-    json.dumps(GOOD | {"prompt": None}): '"prompt"',
-    json.dumps(GOOD | {"rejected": ["5"]}): '"rejected"',
-    '{"chosen": "A", "rejected": "B"}': '"prompt"',  # no "Assistant:", so no dialogue
-    '{"chosen": 1, "rejected": "\\n\\nAssistant: A."}': '"chosen"',
-}
+NO_JSON = ["{", "[" * 100_000, '{"prompt": "\udcff"}', "[", "1" * 5000]  # \udcff: bytes, no text
+UTF16 = [bytes for code in ("utf-16", "utf-16-le") for bytes in ['{"a": 1}\r\n'.encode(code)]]
 
 
-@pytest.mark.parametrize("line", BAD, ids=lambda line: line[:40])
-def test_a_bad_line_is_named_by_file_line_and_field(tmp_path, line):
-    path = write(tmp_path, GOOD, line)
+@pytest.mark.parametrize("line", [*NO_JSON, *UTF16], ids=lambda line: repr(line)[:40])
+def test_what_is_not_json_is_named_by_file_and_line(tmp_path, line):
+    path = write(tmp_path, *([GOOD, line] if isinstance(line, str) else []))
+    if isinstance(line, bytes):  # as PowerShell writes it
+        path.write_bytes(line)
     with pytest.raises(InputError) as error:
         load_pairs(path)
-    said = str(error.value)
-    assert f"{path}:2: " in said and BAD[line] in said and "\n" not in said, said
-
-
-def test_repeated_pairs_are_kept_and_equal_responses_dropped(tmp_path):
-    equal = GOOD | {"chosen": "5"}
-    assert load_pairs(write(tmp_path, GOOD, "", GOOD | {"id": 7})) == [Pair(*GOOD.values())] * 2
-    with pytest.warns(UserWarning, match="dropped.*: 2, the first in line 2"):
-        assert len(load_pairs(write(tmp_path, GOOD, equal, equal))) == 1
-    with pytest.warns(UserWarning), pytest.raises(InputError, match="no usable pair"):
-        load_pairs(write(tmp_path, equal))
-    with pytest.raises(InputError, match="no usable pair"):
-        load_pairs(write(tmp_path, ""))
+    number, said = 1 + isinstance(line, str), str(error.value)
+    assert f"{path}:{number}: not a line of JSON" in said and "UTF-8" in said, said
+    assert "\n" not in said and len(said) < 300, said
 
 
 TALK = "\n\nHuman: Hi.\n\nAssistant: Hello. Assistant: here.\n\nHuman: Why?\n\nAssistant:"
-DIALOGUES = {  # chosen, rejected, the two responses; None if they are dropped
-    "they begin alike": (TALK + " Yes, A.", TALK + " Yes, B.", (" Yes, A.", " Yes, B.")),
-    "one response begins the other": (TALK + " A.", TALK + " A. B", (" A.", " A. B")),
-    "equal": (TALK + " A.", TALK + " A.", None),
-    "a blank last response": (TALK + " \n", TALK + " No.", None),
-    "one goes on for a turn": (TALK + " A.\n\nHuman: B?\n\nAssistant: C.", TALK + " D.", None),
-    "they part early": (TALK + " A.", "\n\nHuman: Hi.\n\nAssistant: Go away.", None),
-    "no question in common": ("\n\nAssistant: A.", "?\n\nAssistant: B.", None),
-    "a person has the last word": (TALK + " A.\n\nHuman: Thanks.", TALK + " B.", None),
-    "rejected responds twice": (TALK + " A.", TALK + " B.\n\nAssistant: C.", None),
-}
+HI, YES, NO = ({"role": role, "content": text} for role, text in
+               (("user", "Hi?"), ("assistant", "Yes."), ("assistant", "No.")))  # fmt: skip
+SYSTEM = {"role": "system", "content": "Be brief."}
+WAS = "\n\nHuman: Hi?\n\nAssistant:", " Yes.", " No."
+LINES = {  # prompt, if any, chosen and rejected -> the pair, or None where the line is dropped
+    "three texts": (("Hi", "A", "B"), ("Hi", "A", "B")),
+    "texts stay as they are": ((" Hi\r\n", "A\r\n", " B"), (" Hi\r\n", "A\r\n", " B")),
+    "a prompt and dialogues": (("Hi", TALK + " A.", "B"), ("Hi", TALK + " A.", "B")),
+    "equal texts": (("Hi", "A", "A"), None),
+    "a blank prompt": ((" \n", "A", "B"), None),
+    "a blank response": (("Hi", " \n", "B"), None),
+    "an empty response": (("Hi", "A", ""), None),
+    "null": (("Hi", "A", None), None),
+    "a number": (("Hi", 4, "B"), None),
+    "an object": (({"text": "Hi"}, "A", "B"), None),
+    "no prompt and no dialogue": (("A", "B"), None),
+    "dialogues": ((TALK + " Yes, A.", TALK + " Yes, B."), (TALK, " Yes, A.", " Yes, B.")),
+    "an empty prompt beside them": (("", TALK + " A.", TALK + " B."), (TALK, " A.", " B.")),
+    "lines that end as on Windows": (tuple((TALK + y).replace("\n", "\r\n") for y in (" A.\n", " B.")),
+                                     (TALK, " A.\n", " B.")),
+    "one response begins the other": ((TALK + " A.", TALK + " A. B"), (TALK, " A.", " A. B")),
+    "equal dialogues": ((TALK + " A.", TALK + " A."), None),
+    "a blank last response": ((TALK + " \n", TALK + " No."), None),
+    "one goes on for a turn": ((TALK + " A.\n\nHuman: B?\n\nAssistant: C.", TALK + " D."), None),
+    "they part early": ((TALK + " A.", "\n\nHuman: Hi.\n\nAssistant: Go away."), None),
+    "no question in common": (("\n\nAssistant: A.", "?\n\nAssistant: B."), None),
+    "a person has the last word": ((TALK + " A.\n\nHuman: Thanks.", TALK + " B."), None),
+    "rejected responds twice": ((TALK + " A.", TALK + " B.\n\nAssistant: C."), None),
+    "nobody responds": (("\n\nHuman: Hi.", "\n\nHuman: Hi there."), None),
+    "one dialogue is a number": ((1, TALK + " A."), None),
+    "messages": (([HI, YES], [HI, NO]), WAS),
+    "a text and whole dialogues in messages": (("Hi?", [HI, YES], [HI, NO]), WAS),
+    "messages everywhere": (([HI], [YES], [NO]), WAS),
+    "a text, then messages": (("Hi?", [YES], [NO]), WAS),
+    "messages, then texts": (([HI], "Yes.", "No."), WAS),
+    "only the rejected response in messages": (("Hi?", "Yes.", [NO]), WAS),
+    "a system message": (([SYSTEM, HI], [YES], [NO]), ("\n\nSystem: Be brief." + WAS[0], *WAS[1:])),
+    "and in whole dialogues": (("Hi?", [SYSTEM, HI, YES], [SYSTEM, HI, NO]),
+                               ("\n\nSystem: Be brief." + WAS[0], *WAS[1:])),
+    "a longer talk": (([HI, YES, HI], [YES], [NO]),
+                      (WAS[0] + " Yes.\n\nHuman: Hi?\n\nAssistant:", *WAS[1:])),
+    "equal messages": (([HI], [YES], [YES]), None),
+    "a blank message": (([HI], [YES], [NO | {"content": " "}]), None),
+    "the person answers": (([HI, YES, HI], [HI, NO, HI]), None),
+    "no message": (([HI], [YES], []), None),
+    "an unknown role": (([HI], [YES], [NO | {"role": "tool"}]), None),
+    "no content": (([HI], [YES], [{"role": "assistant"}]), None),
+    "content that is no text": (([HI], [YES], [NO | {"content": [{"text": "No."}]}]), None),
+    "content null": (([HI], [YES], [NO | {"content": None}]), None),
+    "messages that are none": (([HI], ["Yes."], ["No."]), None),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", DIALOGUES)
-def test_dialogues(case, tmp_path):
-    """Anthropic's form: prompt and response together rebuild each text, or the line is dropped."""
-    chosen, rejected, wanted = DIALOGUES[case]
-    first, second, last = [{"chosen": TALK + " 1", "rejected": TALK + "2"},
-                           {"chosen": chosen, "rejected": rejected},
-                           {"prompt": "Hi", "chosen": TALK + " A.", "rejected": "B"}]  # fmt: skip
-    path, others = write(tmp_path, first, second, last), [(TALK, " 1", "2"), tuple(last.values())]
-    if wanted:
-        assert load_pairs(path) == [others[0], (TALK, *wanted), others[1]]
-    else:
-        with pytest.warns(UserWarning, match="dropped, .*: 1, the first in line 2"):
-            assert load_pairs(path) == others
+@pytest.mark.parametrize("case", LINES)
+def test_every_form_of_a_line(case, tmp_path):
+    """Prompt and response together are the text of the line; what is no pair is dropped, counted,
+    and alone in its file an error that names its fields."""
+    texts, wanted = LINES[case]
+    line = dict(zip(Pair._fields[-len(texts) :], texts)) | {"id": 7}
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found = load_pairs(write(tmp_path, GOOD, line, "", GOOD | {"prompt": "3 + 2 ="}))
+    others = Pair(*GOOD.values()), Pair("3 + 2 =", "4", "5")
+    assert found == [others[0], *([wanted] if wanted else []), others[1]]
+    assert len(warned) == (wanted is None)
+    if not wanted:
+        assert re.search("dropped, the first is 2, without two.*: 1$", str(warned[0].message))
+        with pytest.raises(
+            InputError, match=f"no line has two different responses.*found: {', '.join(line)}$"
+        ):
+            load_pairs(write(tmp_path, line, line))
+
+
+@pytest.mark.parametrize("line", ["", "7", "null", '["prompt"]', '{"text": "Hi"}'])
+def test_a_file_without_a_pair_says_what_it_has(tmp_path, line):
+    has = {"": "", "7": "int", "null": "NoneType", '["prompt"]': "list"}.get(line, "text")
+    with pytest.raises(
+        InputError, match=f"pairs.jsonl: no line has two different responses.*found: {has}$"
+    ):
+        load_pairs(write(tmp_path, line))
+
+
+def test_what_looks_odd_is_counted(tmp_path):
+    """Repeated pairs, responses that repeat their prompt or spell an end token; none is changed."""
+    ends = [GOOD | {"chosen": f"{i}{end}"} for i, end in enumerate((END, "<|im_end|>\n", "</s>"))]
+    repeats = [
+        GOOD | {"chosen": "2 + 2 = 4"},
+        GOOD | {"chosen": "2 + 2 = 4", "rejected": "2 + 2 ="},
+    ]
+    lines = [*[GOOD] * 3, *ends, *repeats]
+    with pytest.warns(UserWarning) as warned:
+        assert load_pairs(write(tmp_path, *lines)) == [tuple(line.values()) for line in lines]
+    said = [str(warning.message).split("pairs.jsonl: ")[1] for warning in warned]
+    assert said == ["pairs that repeat an earlier pair: 2", "responses that repeat their prompt: 3",
+                    "responses that end in an end token: 3"]  # fmt: skip
 
 
 def test_show_by_hand(tmp_path, capsys, monkeypatch):
@@ -116,10 +168,10 @@ def test_tokenizers(monkeypatch):
     assert BYTES.decode(list(text.encode())) == text and BYTES.n_vocab == 257
     words = WORLD.tokenizer.encode_ordinary(" The film was not very dull")
     assert words == [0, 2, 1, 8, 9, 5], "a token of the toy world is a word and the space before it"
-    with pytest.raises(InputError, match='unknown tokenizer "klingon"; known are bytes, .*gpt2'):
+    with pytest.raises(InputError, match="tokenizer klingon: not one of bytes, .*gpt2"):
         data.get_tokenizer("klingon")
     monkeypatch.setattr("tiktoken.get_encoding", lambda name: 1 / 0)
-    with pytest.raises(InputError, match="download failed .ZeroDivisionError.*bytes"):
+    with pytest.raises(InputError, match="gpt2: .*download failed .ZeroDivisionError.*use bytes"):
         data.get_tokenizer("gpt2")
 
 
@@ -296,7 +348,7 @@ def test_pairs_come_from_the_policy_and_the_seed():
 
 
 def test_logps_of_every_response_are_exact():
-    """They sum to 1, and are response_logps of the same responses in plain rows."""
+    """They sum to 1, and each is a sum over its own tokens, computed one response at a time."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(11, 8, 16, 1, 2)).double()
     for parameter in model.parameters():
@@ -304,13 +356,15 @@ def test_logps_of_every_response_are_exact():
     kept, logps = copy.deepcopy(model), WORLD.logps(model)
     assert logps.shape == (2, 1111) and not logps.requires_grad
     expect(logps.exp().sum(-1), [1.0, 1.0], "the listed responses are all there is")
-    x, y = torch.cartesian_prod(torch.arange(2), torch.arange(1111)).T
-    rows = WORLD.rows(Drawn(x, y, y.flip(0), y))
-    plain = dpo.response_logps(model, *data.collate(rows, range(2222))).view(2, -1)
-    expect(plain, torch.stack([logps[x, y], logps[x, y.flip(0)]]), "plain rows disagree", 1e-9)
+    for x, y in itertools.product((0, 1), range(0, 1111, 10)):
+        ids = WORLD.prompt_ids[x].tolist() + WORLD.response_ids[y]
+        table = model(torch.tensor([ids]))[0].log_softmax(-1)
+        alone = sum(table[t - 1, ids[t]] for t in range(3, len(ids)))
+        expect(logps[x, y], alone, f"log pi of {WORLD.responses[y]}", 1e-9)
     assert all(map(torch.equal, model.parameters(), kept.parameters())), "it trains"
     low = WORLD.logps(model.float())
-    expect(low.exp().sum(-1), [1.0, 1.0], "softmax and sums in float64 whatever the model is")
+    assert low.dtype == torch.float64, "so that what is computed from them rounds no further"
+    expect(low, logps, "a float32 model: to rounding", 1e-4)
 
 
 @pytest.mark.parametrize("beta", [0.5, 2.0])

@@ -127,8 +127,14 @@ def test_greedy_against_a_plain_loop():
     drawn = wanted[0, 3:].tolist()
     end = next(token for token in drawn if token != drawn[0])
     for eot, text in ((end, drawn[: drawn.index(end) + 1]), (7, drawn)):  # 7 is never drawn
-        tokenizer = types.SimpleNamespace(eot_token=eot, decode=list)
-        assert model.complete([1, 2, 3], tokenizer) == text, "up to the end, or 100 tokens"
+        names = {i: b"<%d>" % i for i in range(8)}
+        names = [names, {i: name for i, name in names.items() if i != drawn[0]}]
+        for known in names:  # vocabularies may hold ids without a text, such as cl100k_base's
+            tokenizer = types.SimpleNamespace(
+                eot_token=eot, decode_single_token_bytes=known.__getitem__
+            )
+            said = "".join(f"<{i}>" for i in text if i in known)
+            assert model.complete([1, 2, 3], tokenizer) == said, "up to the end, or 100 tokens"
 
 
 @pytest.mark.parametrize("prompt", [[1], [4], [4, 1]], ids=["plain", "ends in stop", "holds stop"])
@@ -346,7 +352,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_half_one(tmp_path, monkeypatch
         monkeypatch.undo()
         assert what == "os.replace" or "\n" not in str(found.value)
         assert path.read_bytes() == before, "the old file is damaged"
-        assert write is save_json or list(tmp_path.iterdir()) == [path], "half a file is left"
+        assert list(tmp_path.iterdir()) == [path], "half a file is left"
 
 
 @pytest.mark.parametrize("refusal", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])

@@ -455,7 +455,7 @@ def test_held_out_pairs_are_measured_before_and_after(real):
         wanted = {f"held_out_{name}": x.float().mean().item() for name, x in columns.items()}
         assert row == pytest.approx(wanted, abs=1e-3)
     steps = [line["step"] for line in lines_of(real.out) if "held_out_loss" in line]
-    assert steps == [0, 3, 6, 7] and "held_out_accuracy" in real.printed
+    assert steps == [0, 3, 7] and "held_out_accuracy" in real.printed
     for prompt in dict.fromkeys(tuple(row.prompt) for row in held_out):  # two, with two pairs each
         texts = [tokenizer.decode(prompt)]
         for model in models:
@@ -466,6 +466,21 @@ def test_held_out_pairs_are_measured_before_and_after(real):
         assert "\n{}\nbefore DPO: {}\nafter DPO: {}\n".format(*texts) in real.printed
         assert texts[1] != texts[2]
     assert real.printed.count("before DPO") == 2
+
+
+@pytest.mark.parametrize("fraction, least", [(0.05, 4), (0.1, 2), (0.3, 1)])
+def test_evaluation_costs_at_most_a_tenth(fraction, least, tmp_path, monkeypatch):
+    """By default, in pairs: those that are evaluated beside those that are trained on."""
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 80)
+    updates, scores = spy(monkeypatch, train, "update"), spy(monkeypatch, train, "all_logps")
+    splits, started = spy(monkeypatch, data, "split"), []
+    flags = [*SMALL[:-2], "--epochs", 4, "--held-out", fraction]
+    run("--data", pairs, *flags, "--out", tmp_path / "out")
+    held_out, trained = splits[0][1][1], sum(len(args[5]) for args, _ in updates if len(args) > 7)
+    times = sum(args[1] is held_out for args, _ in scores) - 1  # and once before DPO
+    share = times * len(held_out) / trained
+    assert times >= least and (share <= 0.1 or times == 1), f"{times} times, {share:.0%} of DPO"
+    assert "held_out_loss" in lines_of(tmp_path / "out")[-1], "the last step is not evaluated"
 
 
 def test_from_a_saved_model_with_nothing_held_out(real, tmp_path):
@@ -500,13 +515,14 @@ def test_how_it_is_computed_and_watched_changes_nothing(real, tmp_path):
 BAD_FLAGS = """--beta 0; --beta -1; --beta nan; --beta much; --lr inf; --sft-lr -1; --epochs 0;
     --sft-epochs -1; --batch-size 0; --batch-size 1.5; --micro-batch-size -1; --max-grad-norm 0;
     --seed -1; --save-every 0; --eval-every 0; --n-layer 0; --held-out -0.1; --warmup-steps -1;
+    --held-out 1.1; --data=; --init=;
     --labels perfect; --optimizer sgd; --dtype float16; --bet 1; --nonsense; surplus"""
 BAD_INPUT = {
     "--data missing.jsonl": "missing.jsonl",
     "--data .": "Is a directory",
     "--data torn.jsonl": "torn.jsonl:2: not a line of JSON",
-    "--data empty.jsonl": "empty.jsonl: no usable pair",
-    "--data good.jsonl --tokenizer klingon": 'unknown tokenizer "klingon"',
+    "--data empty.jsonl": "empty.jsonl: no line has two different responses to one prompt",
+    "--data good.jsonl --tokenizer klingon": "tokenizer klingon: not one of bytes",
     "--data good.jsonl --init nowhere --tokenizer bytes": "nowhere is unreadable",
     "--init {saved}": "its vocabulary is not that of the tokenizer",  # bytes in the toy world
     "--loss nonsense": "not dpo, cdpo, robust, ipo, hinge or file.py:function",
@@ -529,7 +545,7 @@ def test_bad_input_is_one_line_and_writes_nothing(flags, real, tmp_path, monkeyp
     if flags in BAD_INPUT:
         assert BAD_INPUT[flags] in str(raised.value) and "\n" not in str(raised.value)
     else:
-        assert raised.value.code == 2 and flags.split()[0] in capsys.readouterr().err
+        assert raised.value.code == 2 and flags.split()[0].rstrip("=") in capsys.readouterr().err
     assert {path.stem for path in tmp_path.iterdir()} == {*texts}
 
 

@@ -219,6 +219,29 @@ def test_the_script_says_it_in_one_line(pairs, tmp_path, monkeypatch, capsys):
     script("--data", pairs, *SMALL, "--out", tmp_path / "out")
     assert b"\nCaf? " in sys.stdout.buffer.getvalue() and (tmp_path / "out/policy").exists()
     assert warnings.formatwarning("text", UserWarning, "file", 1) == "warning: text\n"
+    for i, stdout in enumerate((io.StringIO(), None)):  # as in Jupyter, and closed as by >&-
+        monkeypatch.setattr(sys, "stdout", stdout)
+        script("--data", pairs, *SMALL, "--out", tmp_path / f"{i}")
+        assert (tmp_path / f"{i}/policy").exists() and (i or "after DPO" in stdout.getvalue())
+
+
+def test_a_clock_may_stand_still(pairs, tmp_path, monkeypatch):
+    """Some tick every 16 ms: no time may seem to have passed between two steps."""
+    monkeypatch.setattr(train.time, "perf_counter", lambda: 1.0)
+    assert run("--data", pairs, *SMALL, "--out", tmp_path / "out")[0]["seconds"] == 0
+
+
+def test_no_compiler_is_one_line(pairs, tmp_path, monkeypatch):
+    """Before anything is written."""
+
+    def compile(model, **_):
+        model.forward = lambda *_: 1 / 0
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    for flags in (TOY, ["--data", pairs, *SMALL]):
+        with pytest.raises(OSError, match="--compile: division by zero"):
+            run(*flags, "--compile", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_terminal_gets_one_changing_line(monkeypatch, capsys):
