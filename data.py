@@ -57,17 +57,16 @@ def load_pairs(path):
             except (AttributeError, KeyError, TypeError):  # some other form
                 pair = None
             (pairs if pair else dropped).append(pair or number)
-    needs = 'two different responses to one prompt (in dialogues, after the same last "Assistant:")'
+    needs = 'two different responses to one prompt, as texts, or after the same last "Assistant:"'
     if not pairs:
         found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise InputError(f"{path}: no line has {needs}; found: {found}")
+        raise InputError(f"{path}: no line has {needs}; found: {found or 'nothing'}")
     texts = [(prompt, response) for prompt, *both in pairs for response in both]
-    ends = "|>", "</s>"  # such as <|endoftext|>: here plain text, for encode_pairs adds its own
     odd = {
         f"lines dropped, the first is {min(dropped, default=0)}, without {needs}": len(dropped),
         "pairs that repeat an earlier pair": len(pairs) - len(set(pairs)),
         "responses that repeat their prompt": sum(y.startswith(x) for x, y in texts),
-        "responses that end in an end token": sum(y.rstrip().endswith(ends) for _, y in texts),
+        "end tokens spelled as text": sum(y.rstrip().endswith(("|>", "</s>")) for _, y in texts),
     }
     for what in filter(odd.get, odd):
         warnings.warn(f"{path}: {what}: {odd[what]}", stacklevel=2)
@@ -75,15 +74,13 @@ def load_pairs(path):
 
 
 def to_pair(record):
-    """A line in any form -> Pair; None, or a KeyError or the like, if it is not one.
-
-    Messages are written as a dialogue in Anthropic's form (HH). Two whole dialogues share a prompt
-    up to their last common "Assistant:"; if they go on for more than a response, there is no pair.
-    """
+    """A line in any form -> Pair; None, or a KeyError or the like, if it holds none. Messages are
+    written as dialogues in Anthropic's form (HH), whose prompt ends in the last "Assistant:" that
+    both share. If more than a response follows, there is no pair."""
     prompt, *both = [record.get(field) or "" for field in Pair._fields]
     if list in map(type, (prompt, *both)):
         prompt, *both = map(as_dialogue, (prompt, *both), ("user", "assistant", "assistant"))
-        prompt, both = "", [prompt + y if y.startswith(ROLES["assistant"]) else y for y in both]
+        prompt, both = "", both if all(prompt in y for y in both) else [prompt + y for y in both]
     if not prompt:
         both = [text.replace("\r\n", "\n") for text in both]
         prompt = "".join(commonprefix(both).rpartition(ROLES["assistant"])[:2])
@@ -170,21 +167,21 @@ def show(path, name="bytes"):
 # Token ids -> batches
 
 
-def split(rows, fraction, generator):
-    """TokenPairs -> (to train on, held out). A prompt is on one side only, with all its pairs.
+def split(pairs, fraction, generator):
+    """Pairs -> (to train on, held out). A prompt is on one side only, with all its pairs.
 
     `fraction` of the prompts is held out, rounded up, but at least one prompt is left to train on.
-    A single prompt leaves nothing to hold out, which a warning says.
+    A warning says if that leaves no pair to hold out, or less than half of the pairs to train on.
     """
-    prompts = list(dict.fromkeys(tuple(row.prompt) for row in rows))
+    prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
     n = min(math.ceil(fraction * len(prompts)), len(prompts) - 1)
-    if fraction > 0 and n == 0:
-        warnings.warn("all pairs have the same prompt, so none are held out", stacklevel=2)
     order = torch.randperm(len(prompts), generator=generator).tolist()
     held_out = {prompts[i] for i in order[:n]}
     sides = [], []
-    for row in rows:
-        sides[tuple(row.prompt) in held_out].append(row)
+    for pair in pairs:
+        sides[pair.prompt in held_out].append(pair)
+    if fraction > 0 and not 0 < len(sides[1]) <= len(sides[0]):
+        warnings.warn(f"{len(prompts)} prompts: {len(sides[1])} of {len(pairs)} pairs are held out")
     return sides
 
 
@@ -347,4 +344,7 @@ class ToyWorld:
 
 if __name__ == "__main__":
     getattr(sys.stdout, "reconfigure", lambda **_: None)(errors="replace")  # Jupyter has none
-    show(*sys.argv[1:])
+    try:
+        show(*sys.argv[1:])
+    except (InputError, OSError, TypeError) as error:
+        sys.exit(f"data.py: {error}")

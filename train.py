@@ -37,7 +37,7 @@ OPTIMIZERS = {  # the betas are GPT-3's: with torch's 0.999 some toy runs stay o
     "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     "rmsprop": torch.optim.RMSprop,  # the paper's
 }
-TORCHRUN = os.environ.get("RANK") and os.environ.get("WORLD_SIZE")
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # else RANK and WORLD_SIZE are left behind
 RANK, PROCESSES = (int(os.environ[x]) for x in ("RANK", "WORLD_SIZE")) if TORCHRUN else (0, 1)
 
 
@@ -48,16 +48,16 @@ def main(argv=None):
     loss = load_loss(args)  # dpo.dpo_loss, Eq. 7, unless --loss
     beta = args.beta or 0.1  # for the logged rewards
     world = None if args.data else data.ToyWorld()
-    rows, held_out, soft = [], [], None
     tokenizer = world.tokenizer if world else data.get_tokenizer(args.tokenizer)
     pairs = data.load_pairs(args.data) if args.data else []
     model = build_model(args, tokenizer).to(device)
     seeded = torch.Generator().manual_seed
     if world:
-        corpus = world.corpus(seeded(args.seed))
+        corpus, rows, held_out = world.corpus(seeded(args.seed)), [], []
     else:
-        rows = data.encode_pairs(pairs, tokenizer, min(args.block_size, model.config.n_positions))
-        rows, held_out = data.split(rows, args.held_out, seeded(args.seed))
+        size = min(args.block_size, model.config.n_positions)
+        sides = data.split(pairs, args.held_out, seeded(args.seed))
+        rows, held_out = (data.encode_pairs(x, tokenizer, size) if x else [] for x in sides)
         corpus = [row._replace(rejected=[]) for row in rows]
     if args.compile:
         model.compile(dynamic=True)
@@ -97,7 +97,7 @@ def main(argv=None):
     if world:
         drawn = world.draw_pairs(table, args.pairs, args.labels, seeded(args.seed + 1))
         rows = world.rows(drawn)
-        soft = drawn.p.float().to(device) if args.labels == "soft" else None
+    soft = drawn.p.float().to(device) if world and args.labels == "soft" else None
     ref_logps = all_logps(model, rows, args)
     results = {"reference": evaluate(table)}
     prompts = list(dict.fromkeys(tuple(row.prompt) for row in held_out))[:2]
@@ -142,7 +142,8 @@ def main(argv=None):
         print(f"\n{tokenizer.decode(prompt)}\nbefore DPO: {text}\nafter DPO: {after}")
     summary = {"config": vars(args), "seconds": round(time.perf_counter() - start, 1)}
     summary |= {"gap_closed": results["policy"].get("gap_closed"), "rows": results}
-    report(summary, world, tables)
+    report(results, world, tables)
+    print(f"{summary['seconds']:.0f} s; see {out}/")
     if RANK == 0:
         model.save_pretrained(out / "policy")
         plot(history, out / "curves.png")
@@ -175,10 +176,11 @@ def update(net, optimizer, lr, args, rows, ids, loss, ref_logps=None, soft=None)
 
 
 def call_loss(loss, policy_logps, ref_logps, lengths, beta):
-    """Losses (b,) from three (2, b). Passes `beta`, if set, and lengths if the loss names them."""
-    known = {"beta": beta, "chosen_lengths": lengths[0], "rejected_lengths": lengths[-1]}
-    named = [name for name in inspect.signature(loss).parameters if known.get(name) is not None]
-    losses = loss(*policy_logps, *ref_logps, **{name: known[name] for name in named})
+    """Losses (b,) from three (2, b). It gets what it names; its own beta holds without --beta."""
+    known = {"beta": beta or 0.1, "chosen_lengths": lengths[0], "rejected_lengths": lengths[-1]}
+    named = [x for x in inspect.signature(loss).parameters.values() if x.name in known]
+    passed = [x.name for x in named if x.name != "beta" or beta or x.default is x.empty]
+    losses = loss(*policy_logps, *ref_logps, **{name: known[name] for name in passed})
     losses = losses[0] if isinstance(losses, tuple) else losses  # such as dpo.DPOLoss
     assert losses.shape == policy_logps[0].shape, f"not one loss for each pair: {losses}"
     return losses
@@ -281,8 +283,8 @@ def parse_args(argv=None):
     kept = {k: run[k] for k in vars(args) if k in run and k not in ("resume", "out", "device")}
     parser.set_defaults(**kept)
     args = parser.parse_args(argv)
-    if args.resume and vars(args) | kept != vars(args):
-        parser.error("--resume continues with the run's own settings: leave out other flags")
+    if args.resume and (not run or vars(args) | kept != vars(args)):
+        parser.error(f"--resume: {args.out} holds no run of train.py, or one with other flags")
     for name, value in vars(args).items():
         low = 0 if name in ("held_out", "sft_epochs", "warmup_steps", "seed") else 1e-99
         high = 1 if name == "held_out" else 1e99
@@ -311,8 +313,8 @@ def claim(out, args, rows):
         raise data.InputError(f"--out {out} holds --init {args.init}: choose another")
     if not config and out.exists() and any(out.iterdir()):
         raise data.InputError(f"--out {out} holds files of something else: choose another")
-    if config.get("data") and not (out / "summary.json").exists():
-        raise data.InputError(f"--out {out} holds an unfinished run: --resume, or choose another")
+    if config.get("data"):
+        raise data.InputError(f"--out {out} holds a run on pairs: --resume it, or choose another")
     out.mkdir(parents=True, exist_ok=True)
     for name in ("reference/config.json", "checkpoint.pt", "policy/config.json", "summary.json"):
         (out / name).unlink(missing_ok=True)
@@ -325,7 +327,7 @@ def set_up(args):
     device = torch.device(found if args.device == "auto" else args.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-        torch.cuda.set_device(RANK % torch.cuda.device_count())
+        torch.cuda.set_device(RANK % max(1, torch.cuda.device_count()))
     if PROCESSES > 1:
         distributed.init_process_group()
     if RANK > 0 or sys.stdout is None:  # None where it is closed
@@ -342,7 +344,7 @@ def means(columns):
     if PROCESSES > 1:
         distributed.all_reduce(values)
     if not values.isfinite().all():
-        raise data.InputError("a loss or gradient is not finite: try a lower learning rate")
+        raise data.InputError("not finite: try a lower learning rate, and another --out")
     return dict(zip(columns, (values / PROCESSES).tolist()))
 
 
@@ -352,9 +354,8 @@ def progress(line, keep):
         print("\r\033[K" * sys.stdout.isatty() + line, end="\n" * keep, flush=True)
 
 
-def report(summary, world, tables):
+def report(rows, world, tables):
     """Print the results and, from `tables` of log pi (P, Y), the optimum's likeliest responses."""
-    rows = summary["rows"]
     for x, prompt in enumerate(world.prompts if world else []):
         print(f"\n{prompt.strip():16}     r*", *rows, sep="  ")
         for y in tables[-1][x].topk(6).indices:
@@ -363,7 +364,6 @@ def report(summary, world, tables):
     print("\n" + " " * 9, *rows["reference"], sep="  ")
     for name, row in rows.items():
         print(f"{name:9}", *(f"{row[key]:{len(key)}.4f}" for key in rows["reference"]), sep="  ")
-    print(f"{summary['seconds']:.0f} s; see {summary['config']['out']}/")
 
 
 def plot(history, path):

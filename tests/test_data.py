@@ -93,6 +93,8 @@ LINES = {  # prompt, if any, chosen and rejected -> the pair, or None where the 
                                ("\n\nSystem: Be brief." + WAS[0], *WAS[1:])),
     "a longer talk": (([HI, YES, HI], [YES], [NO]),
                       (WAS[0] + " Yes.\n\nHuman: Hi?\n\nAssistant:", *WAS[1:])),
+    "a system message alone": (([SYSTEM], [HI, YES], [HI, NO]), ("\n\nSystem: Be brief." + WAS[0], *WAS[1:])),
+    "turns that go on": (([HI, YES], [HI, YES], [HI, NO]), (WAS[0] + " Yes." + WAS[0], *WAS[1:])),
     "equal messages": (([HI], [YES], [YES]), None),
     "a blank message": (([HI], [YES], [NO | {"content": " "}]), None),
     "the person answers": (([HI, YES, HI], [HI, NO, HI]), None),
@@ -127,7 +129,7 @@ def test_every_form_of_a_line(case, tmp_path):
 
 @pytest.mark.parametrize("line", ["", "7", "null", '["prompt"]', '{"text": "Hi"}'])
 def test_a_file_without_a_pair_says_what_it_has(tmp_path, line):
-    has = {"": "", "7": "int", "null": "NoneType", '["prompt"]': "list"}.get(line, "text")
+    has = {"": "nothing", "7": "int", "null": "NoneType", '["prompt"]': "list"}.get(line, "text")
     with pytest.raises(
         InputError, match=f"pairs.jsonl: no line has two different responses.*found: {has}$"
     ):
@@ -146,7 +148,7 @@ def test_what_looks_odd_is_counted(tmp_path):
         assert load_pairs(write(tmp_path, *lines)) == [tuple(line.values()) for line in lines]
     said = [str(warning.message).split("pairs.jsonl: ")[1] for warning in warned]
     assert said == ["pairs that repeat an earlier pair: 2", "responses that repeat their prompt: 3",
-                    "responses that end in an end token: 3"]  # fmt: skip
+                    "end tokens spelled as text: 3"]  # fmt: skip
 
 
 def test_show_by_hand(tmp_path, capsys, monkeypatch):
@@ -157,6 +159,10 @@ def test_show_by_hand(tmp_path, capsys, monkeypatch):
     chosen = f"chosen: 'Q' ':' ['n'] ['o'] ['\\n'] ['{END}'] and 0 of padding\n"
     rejected = f"rejected: 'Q' ':' ['y'] ['{END}'] and 2 of padding\n"
     assert capsys.readouterr().out == f"{chosen}\n{rejected}\n"
+    for wrong in ([], ["missing.jsonl"], [str(path), "klingon"]):
+        monkeypatch.setattr(sys, "argv", ["data.py", *wrong])
+        with pytest.raises(SystemExit, match="^data.py: .*(path|missing.jsonl|klingon)"):
+            runpy.run_path(data.__file__, run_name="__main__")
 
 
 # Tokens
@@ -201,19 +207,20 @@ SPLITS = [(10, 0.0, 0), (10, 0.21, 3), (10, 0.3, 3), (10, 0.95, 9), (10, 1.0, 9)
 @pytest.mark.parametrize("prompts, fraction, n", SPLITS)
 def test_split_by_prompt(prompts, fraction, n):
     """n of the prompts are held out, with all their pairs, and at least one never is."""
-    rows, ever = [TokenPair([i % prompts], [i, 0], [0]) for i in range(25)], set()
+    pairs, ever = [Pair(f"{i % prompts}", f"{i}", "no") for i in range(25)], set()
     for seed in range(40):
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            train, held_out = data.split(rows, fraction, seeded(seed))
-        there = {row.prompt[0] for row in held_out}
-        assert len(there) == n and held_out == [row for row in rows if row.prompt[0] in there]
-        assert train == [row for row in rows if row.prompt[0] not in there], "one side only"
-        assert len(warned) == (prompts == 1 and fraction > 0), "a single prompt: none is held out"
-        assert all("have the same prompt" in str(warning.message) for warning in warned)
-        assert n == 0 or data.split(rows, fraction, seeded(seed)) == (train, held_out), "seeded"
+            train, held_out = data.split(pairs, fraction, seeded(seed))
+        there = {pair.prompt for pair in held_out}
+        assert len(there) == n and held_out == [pair for pair in pairs if pair.prompt in there]
+        assert train == [pair for pair in pairs if pair.prompt not in there], "one side only"
+        odd = fraction > 0 and (n == 0 or len(held_out) > len(train))
+        said = f"{prompts} prompts: {len(held_out)} of 25 pairs are held out"
+        assert [str(warning.message) for warning in warned] == [said] * odd, "none, or over half"
+        assert odd or data.split(pairs, fraction, seeded(seed)) == (train, held_out), "seeded"
         ever |= there
-    assert ever == set(range(prompts)) or n == 0, "any prompt may be held out"
+    assert ever == {pair.prompt for pair in pairs} or n == 0, "any prompt may be held out"
 
 
 @pytest.mark.parametrize("size", [1, 4, 5, 10, 15])

@@ -380,8 +380,14 @@ def test_a_loss_gets_what_its_signature_names():
         assert got.tolist() == [[0, 1], [2, 3], [10, 11], [12, 13], [20, 21], [22, 23]]
         return a * 0 + beta, "only the first item is the loss"
 
-    for loss, beta, wanted in (greedy, 3, 3), (greedy, None, 7), (lambda a, b, c, d: b - a, 3, 2):
-        assert train.call_loss(loss, policy, ref, lengths, beta).tolist() == [wanted] * 2
+    def strict(a, b, c, d, beta):
+        return a * 0 + beta
+
+    cases = (greedy, 3, 3), (greedy, None, 7), (strict, 3, 3), (strict, None, 0.1)
+    for loss, beta, wanted in *cases, (lambda a, b, c, d: b - a, 3, 2):
+        assert train.call_loss(loss, policy, ref, lengths, beta).tolist() == pytest.approx(
+            [wanted] * 2
+        )
     assert settings().beta == 1 and settings("--data", "x").beta is None
 
 
@@ -421,23 +427,36 @@ def real(tmp_path_factory):
     """A run on a file of pairs, with all that went into its split and its steps."""
     folder = tmp_path_factory.mktemp("real")
     found = SimpleNamespace(out=folder / "out")
-    found.flags = ["--data", write_pairs(folder / "pairs.jsonl"), *SMALL]
+    found.flags = ["--data", write_pairs(folder / "pairs.jsonl"), *SMALL, "--seed", 1]
     with pytest.MonkeyPatch.context() as patch:
-        splits, found.updates = spy(patch, data, "split"), spy(patch, train, "update")
+        sides, found.updates = spy(patch, data, "encode_pairs"), spy(patch, train, "update")
         found.summary, found.printed, found.warned = run(*found.flags, "--out", found.out)
-    found.split = splits[0][1]
+    found.split = [rows for _, rows in sides]
     return found
 
 
 def test_real_pairs_are_split_by_prompt_and_warned_of(real):
     rows, held_out = real.split
     sides = [{tuple(row.prompt) for row in side} for side in real.split]
-    assert not sides[0] & sides[1] and len(sides[1]) == 2, "a tenth of 16 prompts, rounded up"
+    assert not sides[0] & sides[1] and len(sides[1]) == 2, "a tenth of 17 prompts, rounded up"
     sft = [row._replace(rejected=[]) for row in rows]
     assert [call[0][4] for call in real.updates] == [sft] * 4 + [rows] * 7, "with nothing held out"
     assert all(re.search(r": 1\b", text) for text in real.warned) and len(real.warned) == 3
     config = json.loads((real.out / "config.json").read_text())
     assert (config["made_by"], config["encoded_pairs"]) == ("train.py", len(rows + held_out))
+
+
+def test_a_prompt_that_is_cut_is_on_one_side(tmp_path, monkeypatch):
+    """Responses of many lengths cut it in many ways, so the split comes first."""
+    lines = [
+        {"prompt": f"{i % 4}" * 99, "chosen": "y" * (1 + i), "rejected": "n"} for i in range(20)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    sides = spy(monkeypatch, data, "encode_pairs")
+    run("--data", tmp_path / "pairs.jsonl", *SMALL, "--out", tmp_path / "out")
+    (rows, held_out), prompts = (result for _, result in sides), "0123".encode()
+    there = [{row.prompt[-1] for row in side} for side in (rows, held_out)]
+    assert [len(x) for x in there] == [3, 1] and there[0] | there[1] == set(prompts)
 
 
 def test_held_out_pairs_are_measured_before_and_after(real):
@@ -473,10 +492,10 @@ def test_evaluation_costs_at_most_a_tenth(fraction, least, tmp_path, monkeypatch
     """By default, in pairs: those that are evaluated beside those that are trained on."""
     pairs = write_pairs(tmp_path / "pairs.jsonl", 80)
     updates, scores = spy(monkeypatch, train, "update"), spy(monkeypatch, train, "all_logps")
-    splits, started = spy(monkeypatch, data, "split"), []
-    flags = [*SMALL[:-2], "--epochs", 4, "--held-out", fraction]
+    sides = spy(monkeypatch, data, "encode_pairs")
+    flags = [*SMALL[:-2], "--epochs", 4, "--held-out", fraction, "--save-every", 2]
     run("--data", pairs, *flags, "--out", tmp_path / "out")
-    held_out, trained = splits[0][1][1], sum(len(args[5]) for args, _ in updates if len(args) > 7)
+    held_out, trained = sides[1][1], sum(len(args[5]) for args, _ in updates if len(args) > 7)
     times = sum(args[1] is held_out for args, _ in scores) - 1  # and once before DPO
     share = times * len(held_out) / trained
     assert times >= least and (share <= 0.1 or times == 1), f"{times} times, {share:.0%} of DPO"
@@ -515,7 +534,7 @@ def test_how_it_is_computed_and_watched_changes_nothing(real, tmp_path):
 BAD_FLAGS = """--beta 0; --beta -1; --beta nan; --beta much; --lr inf; --sft-lr -1; --epochs 0;
     --sft-epochs -1; --batch-size 0; --batch-size 1.5; --micro-batch-size -1; --max-grad-norm 0;
     --seed -1; --save-every 0; --eval-every 0; --n-layer 0; --held-out -0.1; --warmup-steps -1;
-    --held-out 1.1; --data=; --init=;
+    --held-out 1.1; --data=; --init=; --resume; --resume --out nowhere;
     --labels perfect; --optimizer sgd; --dtype float16; --bet 1; --nonsense; surplus"""
 BAD_INPUT = {
     "--data missing.jsonl": "missing.jsonl",
@@ -527,8 +546,6 @@ BAD_INPUT = {
     "--init {saved}": "its vocabulary is not that of the tokenizer",  # bytes in the toy world
     "--loss nonsense": "not dpo, cdpo, robust, ipo, hinge or file.py:function",
     "--loss nowhere.py:f": "nowhere.py",
-    "--resume": "holds no run of train.py",
-    "--resume --out nowhere": "nowhere holds no run of train.py",
 }
 
 

