@@ -417,13 +417,16 @@ def generated():
     with tempfile.TemporaryDirectory() as folder:
         copy_code(folder)
         (Path(folder) / "setup.cfg").write_text(GENERATED)
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run([shutil.which("mutmut"), "run", *WHERE], cwd=folder, env=env)
-        for line in subprocess.check_output(["mutmut", "results"], cwd=folder, text=True).split(
-            "\n"
-        ):
-            if "survived" in line:
-                subprocess.run(["mutmut", "show", line.split(":")[0].strip()], cwd=folder)
+
+        def mutmut(*arguments, **settings):
+            command = [sys.executable, "-m", "mutmut", *arguments]
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            return subprocess.run(command, cwd=folder, env=env, text=True, **settings)
+
+        mutmut("run", *WHERE)
+        results = mutmut("results", stdout=subprocess.PIPE).stdout
+        for name in re.findall(r"(\S+): (?:survived|no tests|timeout)", results):
+            mutmut("show", name)
 
 
 def main():

@@ -265,6 +265,23 @@ def test_collate_by_hand(pair_ids):
     assert [ids.tolist(), mask.int().tolist()] == cut, "without a rejected response, B rows"
 
 
+def test_nothing_changes_what_it_is_given():
+    pairs = [Pair("ab" * 9, "c", "de"), Pair("f", "g" * 6, "h")]
+    rows = encode_pairs([Pair("a", "b", "c"), Pair("d", "ef", "g")], BYTES, 16)
+    logps = torch.full((2, 1111), -math.log(1111), dtype=torch.float64)
+    drawn = WORLD.draw_pairs(logps, 9, "soft", seeded(0))
+    given = pairs, rows, logps, drawn, WORLD.response_ids, WORLD.prompt_ids
+    kept = copy.deepcopy(given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        encode_pairs(pairs, BYTES, 12), data.split(pairs, 0.5, seeded(0))
+    data.collate(rows, [1, 0]), next(data.batches(rows, 2, seeded(0)))
+    WORLD.draw_pairs(logps, 9, "hard", seeded(0)), WORLD.rows(drawn), WORLD.corpus(seeded(0), n=9)
+    WORLD.measure(logps, logps, 1.0)
+    same = str(given) == str(kept) and torch.equal(logps, kept[2])
+    assert same, "an argument, or the world, is changed in place"
+
+
 # The toy world
 
 REWARDS = {  # response -> r* after " The film was", after " The hotel was"

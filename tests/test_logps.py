@@ -4,6 +4,7 @@ DPO_MODULE=my_dpo python -m pytest tests/test_logps.py     grades response_logps
 """
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -134,6 +135,17 @@ def test_what_is_impossible_where_nothing_is_scored_does_no_harm():
     wanted = torch.zeros(1, 4, V)
     wanted[0, 1] = torch.tensor([-0.2, -0.2, -0.2, -0.2, 0.8])
     expect(slope, wanted, "the slope of log pi(y|x) where a -inf is not scored", 1e-6)
+
+
+def test_improbable_tokens_are_summed():
+    """Three tokens of probability e^-1000 / (4 + e^-1000): the log of a softmax would be -inf."""
+    ids, mask = torch.tensor([[2, 1, 1, 1]]), torch.tensor([[False, True, True, True]])
+    logits = torch.zeros(1, 4, V)
+    logits[..., 1] = -1000.0
+    logps = dpo.response_logps(Fixed(logits.requires_grad_()), ids, mask)
+    expect(logps, [3 * (-1000 - math.log(4))], "log_softmax, not log(softmax)", 1e-3)
+    (slope,) = torch.autograd.grad(logps.sum(), logits)
+    expect(slope[0, 0], [-0.25, 1.0, -0.25, -0.25, -0.25], "its slope", 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

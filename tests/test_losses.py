@@ -168,38 +168,40 @@ def test_cdpo_on_all_pairs_ends_beside_the_optimum_of_dpo():
 # experiments/losses.py
 
 
-def test_simpo_by_hand():
-    """Means per token: -1 against -1, then -2 against -1; beta 2, gamma 1: arguments -1 and -3."""
-    got = more.simpo_loss(*PAIRS, *LENGTHS, beta=2.0, gamma=1.0)
-    expect(got, [math.log1p(math.e), math.log1p(math.e**3)], "simpo: -log sigma(beta d - gamma)")
-    ratio = more.simpo_loss(*PAIRS, *LENGTHS, beta=2.5, gamma=2.5 * 0.55)
-    wanted = [math.log1p(math.exp(1.375)), math.log1p(math.exp(3.875))]
-    expect(ratio, wanted, "simpo: gamma is absolute, 0.55 as a ratio of beta 2.5 is 1.375")
-    other = more.simpo_loss(*PAIRS[:2], *PAIRS[:2], *LENGTHS, beta=2.0, gamma=1.0)
-    expect(other, got[:2], "simpo: there is no reference")
-    pull = derivatives(more.simpo_loss, PAIRS, beta=2.0, gamma=1.0, **sizes(LENGTHS))
-    sigma = [1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-3))]
-    expect(pull[0], [-2 * sigma[0] / 2, -2 * sigma[1] / 3], "simpo: pull beta sigma / |y_w|")
-    expect(pull[1], [2 * sigma[0] / 4, 2 * sigma[1] / 1], "simpo: pull beta sigma / |y_l|")
-    with pytest.raises(ValueError, match="beta"):
-        more.simpo_loss(*PAIRS, *LENGTHS, beta=0.0)
-
-
 def sizes(lengths):
     return dict(zip(("chosen_lengths", "rejected_lengths"), lengths))
 
 
-def test_orpo_by_hand():
-    """Mean probabilities 1/2 and 1/5: odds 1 and 1/4, so L_OR = log(1 + 1/4)."""
-    logps = torch.tensor([[2 * math.log(0.5)], [4 * math.log(0.2)], [-9.0], [-9.0]], dtype=f64)
-    got = more.orpo_loss(*logps, *LENGTHS[:, :1], alpha=0.1)
-    why = "orpo: -mean log p(y_w) + alpha L_OR, odds from means over tokens"
-    expect(got, [math.log(2) + 0.1 * math.log(1.25)], why)
-    pull = derivatives(more.orpo_loss, logps, alpha=0.1, **sizes(LENGTHS[:, :1]))
-    # d log odds / d log p = 1 / (1 - p); sigma(-log 4) = 1/5
-    expect(pull[0], [-1 / 2 - 0.1 / 5 / 0.5 / 2], "orpo: both terms raise the chosen response")
-    expect(pull[1], [0.1 / 5 / 0.8 / 4], "orpo: the odds ratio lowers the rejected one")
-    assert not pull[2:].any(), "orpo: there is no reference"
+def sigma(x):
+    return 1 / (1 + math.exp(-x))
+
+
+# Pairs: simpo's means per token are -1 against -1, then -2 against -1, so with beta 2 and gamma 1
+# its arguments are -1 and -3. orpo: mean probabilities 1/2 and 1/5, odds 1 and 1/4; d log odds /
+# d log p = 1 / (1 - p). dpop: the chosen response of pair 1 fell by 3 nats: m = -3.5 - 0.5 * 2 * 3.
+ODDS = torch.tensor([[2 * math.log(0.5)], [4 * math.log(0.2)], [-9.0], [-9.0]], dtype=f64)
+MORE_BY_HAND = {  # log-probs, settings, losses, d / d chosen, d / d rejected
+    "simpo": (PAIRS, {"beta": 2.0, "gamma": 1.0} | sizes(LENGTHS),
+              [math.log1p(math.e), math.log1p(math.e**3)],
+              [-2 * sigma(1) / 2, -2 * sigma(3) / 3], [2 * sigma(1) / 4, 2 * sigma(3) / 1]),
+    "orpo": (ODDS, {"alpha": 0.1} | sizes(LENGTHS[:, :1]), [math.log(2) + 0.1 * math.log(1.25)],
+             [-1 / 2 - 0.1 / 5 / 0.5 / 2], [0.1 / 5 / 0.8 / 4]),
+    "dpop": (PAIRS, {"beta": BETA, "alpha": 2.0}, [LOSSES[0], math.log1p(math.exp(6.5))],
+             [-BETA * WEIGHTS[0], -BETA * sigma(6.5) * 3], [BETA * WEIGHTS[0], BETA * sigma(6.5)]),
+    "unlikelihood": (PAIRS, {"alpha": 0.5}, [2 - 2.0, 6 - 0.5], [-1.0, -1.0], [0.5, 0.5]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MORE_BY_HAND)
+def test_more_losses_by_hand(name):
+    """The formula in the function's docstring, its pulls, and no reference but in dpop."""
+    logps, settings, losses, chosen, rejected = MORE_BY_HAND[name]
+    loss = getattr(more, f"{name}_loss")
+    expect(loss(*logps, **settings), losses, f"{name}: its formula")
+    pull = derivatives(loss, logps, **settings)
+    expect(pull[0], chosen, f"{name}: the pull on the chosen response")
+    expect(pull[1], rejected, f"{name}: the pull on the rejected response")
+    assert name == "dpop" or not pull[2:].any(), f"{name}: there is no reference"
 
 
 @pytest.mark.parametrize("logp", [-1e-9, -1e-4, -1.0, -30.0, -1e4])
@@ -209,30 +211,9 @@ def test_odds_are_stable(logp):
     expect(got / wanted, [1.0], "orpo: log(p / (1 - p)) through expm1", 1e-5)
 
 
-def test_dpop_by_hand():
-    """Pair 0's chosen response has not fallen; pair 1's has, by 3 nats: m = -3.5 - 0.5 * 2 * 3."""
-    got = more.dpop_loss(*PAIRS, beta=BETA, alpha=2.0)
-    why = "dpop: the penalty stands inside the sigmoid, where chosen fell below the reference"
-    expect(got, [LOSSES[0], math.log1p(math.exp(6.5))], why)
-    pull = derivatives(more.dpop_loss, PAIRS, beta=BETA, alpha=2.0)
-    sigma = 1 / (1 + math.exp(-6.5))
-    expect(
-        pull[0], [-BETA * WEIGHTS[0], -BETA * sigma * 3], "dpop: the penalty adds alpha to the pull"
-    )
-    expect(pull[1], [BETA * WEIGHTS[0], BETA * sigma], "dpop: rejected as in Eq. 7")
-
-
 def unlikelihood_of(pi, alpha):
     loss = more.unlikelihood_loss(pi[Y1], pi[Y2], REF[0, Y1], REF[0, Y2], alpha=alpha)
     return (2 * DRAWN * loss).sum()
-
-
-def test_unlikelihood_by_hand():
-    got = more.unlikelihood_loss(*PAIRS, alpha=0.5)
-    expect(got, [2 - 2.0, 6 - 0.5], "unlikelihood: -log pi(y_w) + alpha log pi(y_l)")
-    pull = derivatives(more.unlikelihood_loss, PAIRS, alpha=0.5)
-    why = "unlikelihood: the same pull on every pair, right or wrong: no weight"
-    expect(pull, [[-1.0, -1.0], [0.5, 0.5], [0.0, 0.0], [0.0, 0.0]], why)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
@@ -327,6 +308,21 @@ def test_other_shapes_that_would_broadcast_are_refused():
     assert not lapses(AssertionError, *calls)
 
 
+def test_no_function_changes_its_arguments():
+    tables = REF, REWARDS
+    calls = [(f, *PAIRS) for f in (*LOSS_LIKE, more.dpop_loss)]
+    calls += [(f, *PAIRS, *LENGTHS) for f in (more.simpo_loss, more.orpo_loss)]
+    calls += [(f, *tables) for f in (dpo.bradley_terry, dpo.reward_model_loss, dpo.kl_divergence)]
+    calls += [(f, *tables, BETA) for f in (dpo.optimal_policy, dpo.implicit_reward)]
+    calls += [(dpo.rlhf_objective, REF, REF, REWARDS, BETA), (dpo.plackett_luce_logps, REWARDS)]
+    calls += [(dpo.plackett_luce_loss, *tables, BETA), (dpo.accuracy, REWARDS)]
+    for function, *args in calls:
+        kept = [torch.as_tensor(arg).clone() for arg in args]
+        function(*args)
+        same = [torch.equal(torch.as_tensor(arg), was) for arg, was in zip(args, kept)]
+        assert all(same), f"{function.__name__} changes its argument {same.index(False)} in place"
+
+
 def test_rankings_of_two_and_of_some():
     """Eq. 18 with K = 2 is Eq. 1; and one response comes before another as often as Eq. 1 says."""
     rewards = torch.tensor([0.3, -1.2, 2.0, 0.7], dtype=f64)
@@ -355,23 +351,22 @@ def test_the_last_dimension_lists_the_responses():
 
 def test_defaults():
     """0.1, in appendix B; and a log-ratio of 10 against 0 is then a margin of 1."""
-    ten, zero = torch.tensor([10.0], dtype=f64), torch.zeros(1, dtype=f64)
-    expect(dpo.dpo_gradient(ten, zero, zero, zero)[0], [-0.1 * WEIGHTS[0]], "default beta 0.1")
-    ranking = torch.tensor([[10.0, 0.0]], dtype=f64)
-    expect(dpo.plackett_luce_loss(ranking, ranking * 0), [LOSSES[0]], "default beta 0.1")
-    expect(dpo.hinge_loss(ten / 2, zero, zero, zero), [0.5], "default beta 0.1")
-    expect(dpo.ipo_loss(zero, zero, zero, zero), [25.0], "default beta 0.1")
-    expect(dpo.cdpo_loss(ten, zero, zero, zero), [LOSSES[0] + 0.1], "default epsilon 0.1")
-    expect(dpo.robust_loss(ten, zero, zero, zero), [LOSSES[0] - 0.125], "default epsilon 0.1")
-    expect(dpo.describe(ten, zero, zero, zero)["margin"], [1.0], "default beta 0.1")
-    one = torch.ones(1, dtype=f64)
-    simpo = more.simpo_loss(ten, zero, zero, zero, one, one)
-    expect(simpo, [math.log1p(math.exp(-19))], "simpo: defaults beta 2, gamma 1")
-    orpo = more.orpo_loss(-one, -one, zero, zero, one, one)
-    expect(orpo, [1 + 0.1 * math.log(2)], "orpo: default alpha 0.1")
-    dpop = more.dpop_loss(-one, -one, zero, zero)
-    expect(dpop, [math.log1p(math.exp(5))], "dpop: defaults beta 0.1, alpha 50")
-    expect(more.unlikelihood_loss(-ten, -ten, zero, zero), [0.0], "unlikelihood: default alpha 1")
+    ten, zero, one = torch.tensor([[10.0], [0.0], [1.0]], dtype=f64)
+    pair, ranking = (ten, zero, zero, zero), torch.tensor([[10.0, 0.0]], dtype=f64)
+    for got, wanted, default in (
+        (dpo.dpo_gradient(*pair)[0], -0.1 * WEIGHTS[0], "beta 0.1"),
+        (dpo.plackett_luce_loss(ranking, ranking * 0), LOSSES[0], "beta 0.1"),
+        (dpo.hinge_loss(ten / 2, *pair[1:]), 0.5, "beta 0.1"),
+        (dpo.ipo_loss(zero, *pair[1:]), 25.0, "beta 0.1"),
+        (dpo.cdpo_loss(*pair), LOSSES[0] + 0.1, "epsilon 0.1"),
+        (dpo.robust_loss(*pair), LOSSES[0] - 0.125, "epsilon 0.1"),
+        (dpo.describe(*pair)["margin"], 1.0, "beta 0.1"),
+        (more.simpo_loss(*pair, one, one), math.log1p(math.exp(-19)), "beta 2, gamma 1"),
+        (more.orpo_loss(-one, -one, zero, zero, one, one), 1 + 0.1 * math.log(2), "alpha 0.1"),
+        (more.dpop_loss(-one, -one, zero, zero), math.log1p(math.exp(5)), "beta 0.1, alpha 50"),
+        (more.unlikelihood_loss(-ten, -ten, zero, zero), 0.0, "alpha 1"),
+    ):
+        expect(got, [wanted], f"default {default}")
 
 
 @pytest.mark.parametrize("beta", [0.0, -0.1, math.nan])
@@ -379,7 +374,8 @@ def test_beta_must_be_positive_everywhere(beta):
     zeros = torch.zeros(2, 3)
     of_tables = dpo.optimal_policy, dpo.plackett_luce_loss, dpo.implicit_reward
     assert not lapses(ValueError, *((function, zeros, zeros, beta) for function in of_tables))
-    assert not lapses(ValueError, *((f, *PAIRS) for f in (*LOSS_LIKE, more.dpop_loss)), beta=beta)
+    calls = [(f, *PAIRS) for f in (*LOSS_LIKE, more.dpop_loss)]
+    assert not lapses(ValueError, *calls, (more.simpo_loss, *PAIRS, *LENGTHS), beta=beta)
 
 
 def test_describe_by_hand():

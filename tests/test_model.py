@@ -316,7 +316,7 @@ REFUSED = [  # a file, what is changed in it, or what is in its place, and what 
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("file, change, says", REFUSED, ids=str)
+@pytest.mark.parametrize("file, change, says", REFUSED, ids=lambda x: str(x)[:30])
 def test_other_or_damaged_files_are_refused_in_one_line(tmp_path, monkeypatch, file, change, says):
     monkeypatch.chdir(tmp_path)
     gpt().save_pretrained(tmp_path)

@@ -518,6 +518,15 @@ def test_from_a_saved_model_with_nothing_held_out(real, tmp_path):
         assert same_weights(tmp_path / name, real.out / "policy")
 
 
+def test_an_unchanged_policy_is_measured_and_sampled_like_the_reference(real, tmp_path):
+    flags = [*real.flags, "--init", real.out / "policy", "--tokenizer", "bytes"]
+    summary, printed, _ = run(*flags, "--sft-epochs", 0, "--lr", 1e-30, "--out", tmp_path)
+    ref, policy = summary["rows"].values()
+    assert policy == pytest.approx(ref, abs=1e-5) and ref["held_out_margin"] == 0
+    texts = re.findall("^(?:before|after) DPO: (.*)$", printed, re.MULTILINE)
+    assert len(texts) == 4 and texts[::2] == texts[1::2] and all(texts)
+
+
 def test_how_it_is_computed_and_watched_changes_nothing(real, tmp_path):
     """Evaluation and saving do not touch a single bit; micro-batches only round differently."""
     run(*real.flags, "--eval-every", 1, "--save-every", 2, "--out", tmp_path / "watched")
