@@ -312,7 +312,8 @@ def test_no_function_changes_its_arguments():
     tables = REF, REWARDS
     calls = [(f, *PAIRS) for f in (*LOSS_LIKE, more.dpop_loss)]
     calls += [(f, *PAIRS, *LENGTHS) for f in (more.simpo_loss, more.orpo_loss)]
-    calls += [(f, *tables) for f in (dpo.bradley_terry, dpo.reward_model_loss, dpo.kl_divergence)]
+    calls += [(dpo.bradley_terry, *tables), (dpo.kl_divergence, *tables)]
+    calls += [(dpo.reward_model_loss, *PAIRS[:2])]
     calls += [(f, *tables, BETA) for f in (dpo.optimal_policy, dpo.implicit_reward)]
     calls += [(dpo.rlhf_objective, REF, REF, REWARDS, BETA), (dpo.plackett_luce_logps, REWARDS)]
     calls += [(dpo.plackett_luce_loss, *tables, BETA), (dpo.accuracy, REWARDS)]
