@@ -213,7 +213,8 @@ def test_split_by_prompt(prompts, fraction, n):
             warnings.simplefilter("always")
             train, held_out = data.split(pairs, fraction, seeded(seed))
         there = {pair.prompt for pair in held_out}
-        assert len(there) == n and held_out == [pair for pair in pairs if pair.prompt in there]
+        assert len(there) == n, "a fraction of the prompts, rounded up, but one is trained on"
+        assert held_out == [pair for pair in pairs if pair.prompt in there], "with all its pairs"
         assert train == [pair for pair in pairs if pair.prompt not in there], "one side only"
         odd = fraction > 0 and (n == 0 or len(held_out) > len(train))
         said = f"{prompts} prompts: {len(held_out)} of 25 pairs are held out"
@@ -389,6 +390,7 @@ def test_logps_of_every_response_are_exact():
     low = WORLD.logps(model.float())
     assert low.dtype == torch.float64, "so that what is computed from them rounds no further"
     expect(low, logps, "a float32 model: to rounding", 1e-4)
+    expect(low.exp().sum(-1), [1.0, 1.0], "and yet a distribution in float64")
 
 
 @pytest.mark.parametrize("beta", [0.5, 2.0])

@@ -279,6 +279,9 @@ LOSS_LIKE = [dpo.dpo_loss, dpo.dpo_gradient, dpo.describe, *map(named, dpo.LOSSE
 
 
 def test_extreme_rewards():
+    m, zero = torch.tensor([15.0, 20.0, 40.0]), torch.zeros(3)  # float32
+    pull = -dpo.dpo_gradient(m, zero, zero, zero, beta=1.0)[0] * m.exp()
+    expect(pull, [1.0] * 3, "sigma(-m) is e^-m at large m, and 1 - sigma(m) is 0", 1e-5)
     rewards, zero = torch.tensor([1e4, -1e4]), torch.zeros(2)
     why = "Eq. 2 at margins of 1e4 and -1e4: log(sigmoid(x)) overflows, logsigmoid does not"
     expect(dpo.reward_model_loss(rewards, zero), [0.0, 1e4], why)

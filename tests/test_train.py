@@ -156,7 +156,7 @@ def test_a_step_takes_the_gradient_of_the_mean_of_eq7(micro, labels):
     free, model = wanted.norm(), gpt(0)
     *_, norm = step(model, ref, IDS, loss, soft, [*flags, "--max-grad-norm", 0.1])
     clipped = flat(w.grad for w in model.parameters())
-    assert free > 0.2 and norm == pytest.approx(free), "logged as it was"
+    assert free > 0.2 and norm == pytest.approx(free), "the norm before clipping is logged"
     expect(clipped, wanted * 0.1 / free, "clipped, so shorter, in the same direction", 1e-5)
 
 
@@ -346,8 +346,9 @@ def test_the_seed_decides_weights_corpus_and_pairs(toy, tmp_path, monkeypatch):
         model = train.build_model(settings("--seed", seed), toy.world.tokenizer)
         weights.append(model.wte.weight.tolist())
     corpora, pairs = ([args[4] for args, _ in updates[k::2]] for k in (0, 1))
-    for first, again, other in (weights, corpora, pairs):
-        assert first == again != other
+    kinds = {"weights": weights, "corpora": corpora, "pairs": pairs}
+    for kind, (first, again, other) in kinds.items():
+        assert [again == first, other == first] == [True, False], f"{kind}: --seed alone decides"
 
 
 # Losses
@@ -443,7 +444,8 @@ def test_real_pairs_are_split_by_prompt_and_warned_of(real):
     assert [call[0][4] for call in real.updates] == [sft] * 4 + [rows] * 7, "with nothing held out"
     assert all(re.search(r": 1\b", text) for text in real.warned) and len(real.warned) == 3
     config = json.loads((real.out / "config.json").read_text())
-    assert (config["made_by"], config["encoded_pairs"]) == ("train.py", len(rows + held_out))
+    assert config["made_by"] == "train.py"
+    assert config["encoded_pairs"] == len(rows + held_out), "the pairs of both sides count"
 
 
 def test_a_prompt_that_is_cut_is_on_one_side(tmp_path, monkeypatch):
