@@ -107,6 +107,8 @@ M3 margins times beta once more |
 M10 reward without the reference | : chosen_rewards, => : beta * logps[0],
 E1 temperature in scoring | logits.log_softmax => (logits / 0.9).log_softmax
 # train.py
+D6 a warm-up of part of a step | steps // 10)) => steps / 10))
+D6 two steps decay | max(1, steps - warmup) => max(2, steps - warmup)
 L16 loss overwritten | (losses.sum() => losses = -logps[0]⏎        (losses.sum()
 L17 sum over the batch | (losses.sum() / len(ids) => losses.sum(
 L19 the name of the loss is ignored | dpo.LOSSES[name] => dpo.dpo_loss
@@ -207,6 +209,7 @@ V7 SimPO gamma inside beta | - rejected) - gamma => - rejected - gamma)
 V8 SimPO on sums | policy_rejected_logps / rejected_lengths => policy_rejected_logps
 V8 SimPO with a reference | policy_chosen_logps / => (policy_chosen_logps - ref_chosen_logps) /
 # data.py
+world: the coin is not the seed's | torch.rand(n, generator=generator) => torch.rand(n)
 B6 the prompt counts | (start <= place) & (place < end) => place < end
 B9 padding counts | ) & (place < end) => ).expand(-1, T)
 B12 end token never scored | + [tokenizer.eot_token] for => for
@@ -267,6 +270,7 @@ world: soft labels drawn as if they were hard | soft": coin <= 1 => soft": coin 
 split: a prompt may be on both sides | held_out].append => held_out and len(sides[1]) < n].append
 split: nothing is left to train on | (prompts) - 1) => (prompts))
 # model.py
+model: the middle blocks are skipped | self.h[:-1]: => self.h[:1]:
 B23 causal flag forgotten | is_causal=True => is_causal=False
 E3 temperature multiplies | (logits / temperature). => (logits * temperature).
 E4 last position but one | context.shape[1] - 1 => context.shape[1] - 2
@@ -342,6 +346,7 @@ pytest_add_cli_args_test_selection=
     tests/test_data.py
     tests/test_model.py
     tests/test_train.py
+    tests/test_train_runs.py
 also_copy=
     test_dpo.py
     tests

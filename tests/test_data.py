@@ -341,6 +341,9 @@ def test_labels():
     for labels in ("hard", "soft", "deterministic"):
         x, chosen, rejected, p[labels] = WORLD.draw_pairs(uniform, 200_000, labels, seeded(0))
         lead[labels] = WORLD.rewards[x, chosen] - WORLD.rewards[x, rejected]
+        torch.rand(1)  # the global generator has no say
+        again = WORLD.draw_pairs(uniform, 200_000, labels, seeded(0))
+        assert torch.equal(again.chosen, chosen), f"{labels}: the seed alone decides who wins"
     assert all((p[labels] == 1).all() for labels in ("hard", "deterministic"))
     assert (lead["deterministic"] >= 0).all(), "deterministic: the higher reward wins"
     assert (lead["soft"] < 0).double().mean() > 0.3, "soft: the first is chosen, better or not"

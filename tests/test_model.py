@@ -21,9 +21,9 @@ TINY = GPTConfig(vocab_size=7, n_positions=10, n_embd=16, n_layer=2, n_head=2, e
 FULL = OSError(errno.ENOSPC, "No space left\non device")
 
 
-def gpt(seed=0):
+def gpt(seed=0, layers=2):
     torch.manual_seed(seed)
-    model = GPT(TINY)
+    model = GPT(replace(TINY, n_layer=layers))
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     return model
@@ -154,7 +154,7 @@ def test_after_a_drawn_stop_token_there_are_only_stop_tokens(prompt):
 # GPT-2's files
 
 
-def plain_gpt2(weights, ids, heads=2, layers=2):
+def plain_gpt2(weights, ids, layers, heads=2):
     """GPT-2 written down once more, straight from weights as its checkpoints hold them."""
     C = weights["wte.weight"].shape[1]
 
@@ -179,23 +179,25 @@ def plain_gpt2(weights, ids, heads=2, layers=2):
     return norm(x, "ln_f") @ weights["wte.weight"].T
 
 
-@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("prefix, layers", [("", 1), ("transformer.", 2), ("", 3)])
 @pytest.mark.parametrize("stream", [1, 1e-3], ids=["", "epsilon matters"])
-def test_gpt2_checkpoints_mean_what_they_say(tmp_path, prefix, stream):
+def test_gpt2_checkpoints_mean_what_they_say(tmp_path, prefix, layers, stream):
     """In float64. With a residual stream of size 1e-3, its variance is below LayerNorm's 1e-5."""
-    weights = transposed(gpt().state_dict())
+    weights = transposed(gpt(layers=layers).state_dict())
     for name in weights:
         if name.startswith(("wte", "wpe")) or "c_proj" in name:
             weights[name] *= stream
     stored = {prefix + name: tensor for name, tensor in weights.items()}
     stored |= {prefix + f"h.0.attn.{name}": torch.ones(10, 10) for name in ("bias", "masked_bias")}
     torch.save(stored | {"lm_head.weight": weights["wte.weight"]}, tmp_path / "pytorch_model.bin")
-    shape = {"vocab_size": 7, "n_positions": 10, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    shape = {"vocab_size": 7, "n_positions": 10, "n_embd": 16, "n_layer": layers, "n_head": 2}
     (tmp_path / "config.json").write_text(json.dumps(shape | {"resid_pdrop": 0.1}))
     model = GPT.from_pretrained(str(tmp_path))
-    assert model.config == replace(TINY, eos_token_id=50256), "what is absent is GPT-2's"
+    wanted = replace(TINY, n_layer=layers, eos_token_id=50256)
+    assert model.config == wanted, "what is absent is GPT-2's"
     ids = torch.tensor([1, 5, 2, 6, 0])
-    wanted = plain_gpt2({name: tensor.double() for name, tensor in weights.items()}, ids)
+    weights = {name: tensor.double() for name, tensor in weights.items()}
+    wanted = plain_gpt2(weights, ids, layers)
     torch.testing.assert_close(model.double()(ids[None])[0], wanted, rtol=1e-9, atol=1e-11)
 
 

@@ -184,15 +184,18 @@ def test_optimizers_are_adamw_with_the_betas_of_gpt3_and_the_papers_rmsprop():
 
 
 def test_learning_rates():
-    """40 steps: linear warm-up, then linear decay, the last rate above 0."""
-    for flags, first, last in (
-        (["--warmup-steps", 9], [0.25, 0.5, 0.75, 1, 1, 35 / 36], 1 / 36),  # at most a tenth
-        (["--warmup-steps", 2], [0.5, 1, 1, 37 / 38], 1 / 38),
-        (["--warmup-steps", 0], [1, 1, 38 / 39], 1 / 39),
-        (["--warmup-steps", 9, "--no-decay"], [0.25, 0.5, 0.75, 1, 1, 1], 1),
+    """Linear warm-up of at most a tenth of the steps, then linear decay, the last rate above 0."""
+    for n, flags, first, last in (
+        (40, ["--warmup-steps", 9], [0.25, 0.5, 0.75, 1, 1, 35 / 36], 1 / 36),
+        (40, ["--warmup-steps", 2], [0.5, 1, 1, 37 / 38], 1 / 38),
+        (40, ["--warmup-steps", 0], [1, 1, 38 / 39], 1 / 39),
+        (40, ["--warmup-steps", 9, "--no-decay"], [0.25, 0.5, 0.75, 1, 1, 1], 1),
+        (29, ["--warmup-steps", 9], [0.5, 1, 1, 26 / 27], 1 / 27),
+        *((2, ["--warmup-steps", 9], [1, 1], 1), (1, ["--warmup-steps", 9], [1], 1)),
     ):
-        steps = [*train.schedule(ROWS, 5, 0.3, settings("--batch-size", 1, *flags))]
-        assert [plan[:2] for plan in steps] == [(i + 1, 40) for i in range(40)]
+        args = settings("--batch-size", 1, *flags)
+        steps = [*train.schedule(ROWS, n / len(ROWS), 0.3, args)]
+        assert [plan[:2] for plan in steps] == [(i + 1, n) for i in range(n)]
         rates = [lr / 0.3 for _, _, lr, _ in steps]
         assert rates[: len(first)] == pytest.approx(first) and rates[-1] == pytest.approx(last)
 
