@@ -117,9 +117,9 @@ def main(argv=None):
         losses, logps, norm = update(net, optimizer, lr, args, rows, ids, loss, ref_logps, soft)
         metrics = dpo.describe(*logps, *ref_logps[:, ids], beta=beta) | {"loss": losses}
         metrics = {"step": step, "lr": lr} | means(metrics | {"grad_norm": norm})
-        every = args.eval_every or math.ceil(10 * len(held_out) / (PROCESSES * len(ids))) or steps
-        evaluates = step == steps or (step % every == 0 and step + every <= steps)
-        saves = step % args.save_every == 0
+        most = steps * PROCESSES * len(ids) // (10 * len(held_out) or math.inf) or 1  # evaluations
+        every, saves = args.eval_every or math.ceil(steps / most), step % args.save_every == 0
+        evaluates = step == steps or step % every == 0
         if evaluates or saves:  # as after SFT
             means({"logps": all_logps(model, rows[:9], args)})
         metrics |= evaluate(score()) if evaluates else {}

@@ -163,8 +163,8 @@ run, a run on real pairs is overwritten by the toy world |
     config.get("data => args.data and config.get("data
 run, weights ruined by the last step | evaluates or saves:  # as after SFT => False:  #
 run, evaluated as often as saved | ) if evaluates => ) if evaluates or saves
-run, evaluation counts a process's own pairs | (PROCESSES * len(ids)) => 1e9
-run, one evaluation too many | 0 and step + every <= steps) => 0)
+run, evaluations: twice too many | most = steps * PROCESSES => most = 2 * steps * PROCESSES
+run, evaluations: one too many | math.ceil(steps / most) => int(steps / most)
 run, a closed stdout | 0 or sys.stdout is None: => 0:
 run, Jupyter's stdout | hasattr(sys.stdout, "reconfigure") => True
 run, no compiler | with os_error("--compile") => if False

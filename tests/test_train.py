@@ -479,7 +479,7 @@ def test_held_out_pairs_are_measured_before_and_after(real):
         wanted = {f"held_out_{name}": x.float().mean().item() for name, x in columns.items()}
         assert row == pytest.approx(wanted, abs=1e-3)
     steps = [line["step"] for line in lines_of(real.out) if "held_out_loss" in line]
-    assert steps == [0, 3, 7] and "held_out_accuracy" in real.printed
+    assert steps == [0, 3, 6, 7] and "held_out_accuracy" in real.printed
     for prompt in dict.fromkeys(tuple(row.prompt) for row in held_out):  # two, with two pairs each
         texts = [tokenizer.decode(prompt)]
         for model in models:
