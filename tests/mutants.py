@@ -27,8 +27,8 @@ import tiktoken  # noqa: F401
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ["test_dpo.py", *(f"tests/test_{name}.py" for name in (
-    "shared_row", "experiments", "losses", "logps", "data", "model", "train", "train_runs"))]  # fmt: skip
+NAMES = "shared_row", "experiments", "losses", "logps", "data", "model", "train", "train_runs"
+TESTS = ["test_dpo.py", *(f"tests/test_{name}.py" for name in NAMES)]
 
 # name | what stands in the file => the bug. ⏎ ends a line of the file; indented lines continue.
 PLANTED = r"""
