@@ -37,7 +37,7 @@ OPTIMIZERS = {  # the betas are GPT-3's: with torch's 0.999 some toy runs stay o
     "adamw": partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     "rmsprop": torch.optim.RMSprop,  # the paper's
 }
-TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # else RANK and WORLD_SIZE are left behind
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # else RANK and WORLD_SIZE are leftovers
 RANK, PROCESSES = (int(os.environ[x]) for x in ("RANK", "WORLD_SIZE")) if TORCHRUN else (0, 1)
 
 
@@ -120,7 +120,7 @@ def main(argv=None):
         most = steps * PROCESSES * len(ids) // (10 * len(held_out) or math.inf) or 1  # evaluations
         every, saves = args.eval_every or math.ceil(steps / most), step % args.save_every == 0
         evaluates = step == steps or step % every == 0
-        if evaluates or saves:  # as after SFT
+        if evaluates or saves:  # did this step ruin the model?
             means({"logps": all_logps(model, rows[:9], args)})
         metrics |= evaluate(score()) if evaluates else {}
         history.append(metrics)
