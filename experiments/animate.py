@@ -1,8 +1,9 @@
-"""assets/dpo.gif: DPO moves the policy from the reference to the exact optimum of Eq. 4.
+"""README's pictures. assets/dpo.gif: DPO moves the policy from the reference to the exact optimum
+of Eq. 4. assets/pipeline.png: RLHF beside DPO.
 
     python -m experiments.animate
 
-Left, what it says after one prompt; right, its reward and its KL, which no policy can do better
+In the animation, left, what it says after one prompt; right, its reward and its KL, which no policy can do better
 than the black curve. Seed 0, 100,000 pairs labelled by Bradley-Terry.
 """
 
@@ -64,7 +65,33 @@ def animate(walk, ref, path):
     FuncAnimation(fig, frame, stay).save(path, PillowWriter(fps=10))
 
 
+def pipelines(path):
+    """What RLHF trains and what DPO trains, from the same reference and the same pairs."""
+    fig = Figure(figsize=(10, 3.6), dpi=100)
+    ax = fig.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, 100), ylim=(0, 36))
+    ax.axis("off")
+    boxes = [  # place, text, colour
+        ((11, 18), "SFT: the reference,\npairs of its responses,\nlabelled by people", GREY),
+        ((37, 27), "reward model\nEq. 2", RED),
+        ((63, 27), "PPO on Eq. 3: sample, score;\ntrain policy and critic", RED),
+        ((50, 9), "DPO on Eq. 7, one loss on the pairs:\nthe policy is the reward model", BLUE),
+        ((90, 18), "a policy\nnear Eq. 4", GREY),
+    ]
+    for place, text, colour in boxes:
+        box = dict(boxstyle="round,pad=0.7", facecolor="white", edgecolor=colour, linewidth=2)
+        ax.text(*place, text, ha="center", va="center", fontsize=11, bbox=box)
+    ax.text(50, 34, "RLHF", ha="center", color=RED, fontsize=13, weight="bold")
+    ax.text(50, 1, "DPO", ha="center", color=BLUE, fontsize=13, weight="bold")
+    arrows = [((21, 22), (30, 26)), ((44, 27), (50, 27)), ((76, 26), (84, 21)),
+              ((21, 14), (33, 10)), ((67, 10), (84, 15))]  # fmt: skip
+    for start, end in arrows:
+        ax.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color=GREY, lw=1.5))
+    fig.savefig(path)
+
+
 def main(path=Path("assets/dpo.gif"), frames=48):
+    pipelines(path.with_name("pipeline.png"))
     _, ref = lab.reference(0)
     looks = {round(lab.STEPS * (i / (frames - 1)) ** 2.5) for i in range(frames)}
     walk = [(step, logps) for step, logps in lab.train_dpo(0) if step in looks]

@@ -226,6 +226,11 @@ def load_csv(path):
         return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
 
 
+def saved(name):
+    """The rows of assets/<name>.csv, which an experiment made with five seeds."""
+    return load_csv(Path(__file__).parents[1] / "assets" / f"{name}.csv")
+
+
 def where(rows, **wanted):
     """The rows that have these values."""
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]

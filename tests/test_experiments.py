@@ -8,7 +8,7 @@ import torch
 
 import data
 import dpo
-from experiments import claims, frontier, lab, losses, rlhf
+from experiments import claims, course, frontier, lab, losses, rlhf
 from experiments.lab import WORLD
 from test_dpo import descend, expect
 
@@ -327,3 +327,79 @@ def test_reached_tosses_coins_between_policies():
     assert frontier.reached(points, 0.5) == 1.0, "half of SFT, half of (1, 2)"
     assert frontier.reached(points, 2.0) == 2.5, "half of (1, 2), half of (3, 3)"
     assert frontier.reached(points, 9.0) == 3.0
+
+
+# course.py
+
+
+def test_the_other_kl_has_this_optimum(sft):
+    """E[r] - b KL(pi_ref || pi) is greatest where r + b pi_ref / pi is the same for every response,
+    and it earns what it was asked for."""
+    _, ref = sft
+    best, _ = dpo.optimal_policy(ref, WORLD.rewards, 1.0)
+    for ref_logps, rewards, logps in zip(ref, WORLD.rewards, best):
+        wanted = (logps.exp() * rewards).sum()
+        other = course.other_direction(ref_logps, rewards, wanted)
+        expect((other.exp() * rewards).sum(), wanted, "the expected reward", 1e-6)
+        expect(other.exp().sum(), torch.tensor(1.0).double(), "probabilities sum to 1")
+        ratio = (ref_logps - other).exp()
+        low, high = rewards.argmin(), rewards.argmax()
+        b = (rewards[high] - rewards[low]) / (ratio[low] - ratio[high])
+        slopes = rewards + b * ratio  # d / d pi(y), equal to the multiplier of sum pi = 1
+        expect(slopes, slopes[:1].expand_as(slopes), "slopes of the objective", 1e-6)
+
+
+def test_chosen_at_the_optimum_by_listing_pairs(sft):
+    """The mean log-ratio of winners and losers, over all pairs of likely responses, one by one."""
+    _, ref = sft
+    few = [0, 5, 6, 10, 50]
+    some = torch.full_like(ref, -math.inf)
+    some[:, few] = ref[:, few].log_softmax(-1)
+    best, _ = dpo.optimal_policy(some, WORLD.rewards, 0.5)
+    moved, p = best - some, some.exp()
+    chosen = rejected = 0.0
+    for x, y, z in itertools.product(range(2), few, few):
+        wins = torch.sigmoid(WORLD.rewards[x, y] - WORLD.rewards[x, z])
+        chosen += (p[x, y] * p[x, z] * (wins * moved[x, y] + (1 - wins) * moved[x, z])).item() / 2
+        rejected += (p[x, y] * p[x, z] * ((1 - wins) * moved[x, y] + wins * moved[x, z])).item() / 2
+    got = course.chosen_at_the_optimum(some.clamp(min=-1e3), 0.5)
+    expect(torch.tensor(got), torch.tensor([chosen, rejected]), "means over pairs", 1e-6)
+
+
+def test_what_the_course_says_holds_for_every_seed():
+    """Claims in words of steps 3 and 7 to 10, against assets/course_*.csv."""
+    seeds = range(5)
+
+    def by(name, **wanted):
+        return [lab.where(lab.saved(f"course_{name}"), seed=seed, **wanted) for seed in seeds]
+
+    for rows in by("over_optimised"):
+        promised, true = ([row[key] for row in rows] for key in ("promised", "expected_reward"))
+        assert promised == sorted(promised), "a smaller beta: more of the learned reward"
+        assert max(true) - true[-1] > 0.1 and true.index(max(true)) > 20, "E[r*] turns over"
+        assert rows[-1]["in_no_pair"] > 0.6, "much of the mass ends in no pair"
+    table, network = (by("displaced", policy=kind) for kind in ("table", "network"))
+    assert all(row["moved"] > -0.1 for rows in table for row in rows)
+    fallen = [sum(row["moved"] < 0 for row in rows) for rows in network]
+    assert min(fallen) >= 1 and max(fallen) <= 3, "one to three of the four"
+    ends = {"DPO": [], "weight left at 1/2": [], "reference copied every quarter": []}
+    for run, found in ends.items():
+        found += [max(rows, key=lambda row: row["step"])["kl"] for rows in by("held", run=run)]
+    held, loose, moving = ends.values()
+    assert max(held) < 1 and min(moving) > 2 * max(held) and min(loose) > 2 * max(held)
+    after = {sft: by("sft_first", sft=sft) for sft in ("none", "on the chosen", "on both")}
+    for (none,), (chosen,), (both,) in zip(*after.values()):
+        assert max(abs(row["accuracy"] - 0.8) for row in (none, chosen, both)) < 0.03
+        assert none["grammatical"] < 0.1 < 0.6 < min(chosen["grammatical"], both["grammatical"])
+    for rows in zip(*(by("samplers", pairs=n) for n in (1_000, 30_000))):
+        closed = [{row["sampler"]: row["gap_closed"] for row in part} for part in rows]
+        assert all(max(part, key=part.get) == "policy, four rounds" for part in closed)
+        assert closed[1]["colder"] < min(closed[1]["reference"], closed[1]["uniform"])
+    for rows in by("by_heart"):
+        start, *_, end = rows
+        assert end["own accuracy"] > 0.88 > 0.72 > end["held out accuracy"]
+        assert end["objective"] < start["objective"] - 2 and end["in no pair"] > 0.35
+    lengths = {name: by("other_losses", loss=name) for name in ("pi*", "dpo", "dpo of means")}
+    for (best,), (sums,), (means,) in zip(*lengths.values()):
+        assert abs(sums["tokens"] - best["tokens"]) < 0.03 < means["tokens"] - best["tokens"]
+        assert means["kl"] > 1.5 * sums["kl"], "a weaker penalty"

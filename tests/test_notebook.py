@@ -1,7 +1,9 @@
 """The notebook runs from top to bottom in a clean kernel, and was saved with its outputs."""
 
 import ast
+import math
 import re
+import statistics
 from itertools import pairwise
 
 import nbformat
@@ -9,7 +11,14 @@ import pytest
 from nbclient import NotebookClient
 
 MODULES = ["dpo", "model", "data", "train"]
-MODULES += [f"experiments/{x}" for x in ("lab", "rlhf", "frontier", "claims", "verdicts", "losses")]
+MODULES += [
+    f"experiments/{x}"
+    for x in ("lab", "rlhf", "frontier", "claims", "verdicts", "losses", "course", "draw")
+]
+QUESTION = re.compile(
+    r"\*\*Question (\d+)\.\*\* (.+?)\n\n<details><summary>Answer</summary>\n\n(.+?)\n</details>",
+    re.DOTALL,
+)
 
 
 @pytest.fixture
@@ -46,18 +55,60 @@ def test_notebook_was_saved_with_its_outputs(notebook):
         assert len(output.get("text", "").splitlines()) <= 25, "a wall of output"
 
 
-def test_every_step_says_what_to_expect_and_shows_it(notebook):
+def test_the_course_keeps_to_its_budget(notebook):
+    """An hour: 45 cells, 3,600 words, 12 lines a code cell, none of them long."""
+    assert len(notebook.cells) <= 45
+    prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    assert sum(len(text.split()) for text in prose) <= 3600
+    for cell in code_of(notebook.cells):
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        assert len(lines) <= 12 and max(map(len, lines)) <= 100, cell.source
+
+
+def test_every_step_asks_before_it_shows(notebook):
+    """At most 20 questions, each with a folded answer, before the cell that shows it."""
     steps = steps_of(notebook)
     assert list(steps) == list(range(12))
     for number in range(1, 11):
         outputs = [output for cell in code_of(steps[number]) for output in cell.outputs]
         assert any("image/png" in output.get("data", {}) for output in outputs), f"step {number}"
-    silent = 0
     for before, cell in list(pairwise(notebook.cells))[1:]:
         if cell.cell_type == "code":
             assert before.cell_type == "markdown", f"nothing is said before: {cell.source[:80]}"
-            silent += "*Expect" not in before.source
-    assert silent <= 2, "the imports, and the world's table of reward models"
+    prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    asked = [number for text in prose for number, *_ in QUESTION.findall(text)]
+    assert asked == [str(n + 1) for n in range(len(asked))] and 15 <= len(asked) <= 20
+    assert "".join(prose).count("**Question ") == "".join(prose).count("</details>") == len(asked)
+    for number in range(1, 7):  # the paper
+        text = "".join(cell.source for cell in steps[number])
+        assert QUESTION.search(text), f"step {number} tells without asking"
+
+
+def test_the_answers_by_hand(notebook):
+    """Numbers in the folded answers, from the formulas and not from our code."""
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    answers = {int(number): answer for number, _, answer in QUESTION.findall(prose)}
+    sigmoid = lambda u: 1 / (1 + math.exp(-u))  # noqa: E731
+    phi = statistics.NormalDist()
+    thurstone = phi.cdf(2 * phi.inv_cdf(0.75))
+    logs = [math.log(0.1), (math.log(0.85) + 3 * math.log(0.01)) / 4]
+    said = {
+        1: ["1,111" * (sum(10**k for k in range(4)) == 1111)],
+        3: [
+            "Nine to one" * (3 * 3 == 9),
+            "ten to one" * (round(thurstone / (1 - thurstone)) == 10),
+        ],
+        4: [f"{sigmoid(2):.2f}", "1/2"],
+        11: [f"{math.log(2):.4f}", r"\beta/2"],
+        12: [f"{sigmoid(6):.3f}", "0.5", f"{sigmoid(-6):.3f}"],
+        13: [r"\beta/2", r"3/\beta"],
+        18: [f"{4 * 0.1:.1f}", f"{0.85 + 3 * 0.01:.2f}", *(f"{log:.1f}" for log in logs)],
+        19: [f"{4 * (1 + 1 + 2)}, and {4 * (1 + 1 + 2 + 1)}"],
+        20: [f"m = {math.log(0.9 / 0.1):.1f}", "1/2", "above 1"],
+    }
+    for number, wanted in said.items():
+        for text in wanted:
+            assert text and text in answers[number], f"question {number}: {text}"
 
 
 def test_notebook_redefines_nothing(notebook, root):
@@ -82,15 +133,16 @@ def test_files_that_the_notebook_names_exist(notebook, root):
 
 def test_the_table_of_a_pair_sums_to_its_log_prob(notebook):
     """Step 1 shows two rows, token by token: the scored log-probs add up to the listed log pi."""
-    table = printed_by(steps_of(notebook)[1]).split("chosen: not very dull")[1]
-    sides = re.findall(r"(.*?sum, log pi.*?in the table of all +-[\d.]+)", table, re.S)
+    printed = printed_by(steps_of(notebook)[1])
+    sides = re.findall(r"^((?:chosen|rejected) +scored.*?listed +-[\d.]+)$", printed, re.S | re.M)
     assert len(sides) == 2, "the chosen row, then the rejected row"
     for side, scored in zip(sides, (["not", "very", "dull"], ["quiet", "(end)"])):
-        rows = re.findall(r"^    (\S+) +yes +(-[\d.]+)$", side, re.MULTILINE)
+        rows = re.findall(r"^(\S+) +yes +(-[\d.]+)$", side, re.MULTILINE)
         assert [token for token, _ in rows] == scored, "the tokens of the response are scored"
-        assert re.findall(r"^    (\S+) +no", side, re.MULTILINE)[:3] == ["The", "film", "was"]
-        total, listed = map(float, re.findall(r"(?:pi\(y\|x\)|of all) +(-[\d.]+)", side))
-        assert abs(sum(float(logp) for _, logp in rows) - total) < 0.002 and total == listed
+        assert re.findall(r"^(\S+) +no", side, re.MULTILINE)[:3] == ["The", "film", "was"]
+        total, listed = map(float, re.findall(r"(?:pi\(y\|x\)|listed) +(-[\d.]+)", side))
+        assert abs(sum(float(logp) for _, logp in rows) - total) < 0.002
+        assert abs(total - listed) < 0.002
 
 
 def test_the_questions_name_their_steps(notebook):
