@@ -26,9 +26,8 @@ def over_optimised(seed, quick):
     for judge in range(2 if quick else 10):
         generator = torch.Generator().manual_seed(1000 * judge + seed)
         few = WORLD.draw_pairs(ref, FEW, "hard", generator)
-        named = torch.zeros(ref.shape, dtype=torch.bool)
-        named[few.prompt, few.chosen] = named[few.prompt, few.rejected] = True
-        judges.append((rlhf.train_reward_model(sft, few, 40, judge, 1e-2, 128), named))
+        settings = dict(epochs=40, seed=judge, lr=1e-2, batch=128)
+        judges.append((rlhf.train_reward_model(sft, few, **settings), named_in(few)))
     rows = []
     for beta in SWEEP:
         found = {"expected_reward": [], "kl": [], "promised": [], "in_no_pair": []}
@@ -41,6 +40,13 @@ def over_optimised(seed, quick):
         row = {"seed": seed, "beta": beta}
         rows.append(row | {key: torch.stack(each).mean().item() for key, each in found.items()})
     return rows
+
+
+def named_in(drawn):
+    """(P, Y): True for the responses that some pair names."""
+    named = torch.zeros(WORLD.rewards.shape, dtype=torch.bool)
+    named[drawn.prompt, torch.stack([drawn.chosen, drawn.rejected])] = True
+    return named
 
 
 def displaced(seed, quick):
@@ -62,7 +68,8 @@ def held(seed, quick):
     for part in range(4):  # the reference is copied from the policy after each quarter
         loss = lab.preferences(dpo.dpo_loss, drawn, anchor)
         for step, anchor in lab.descend(policy, loss, lab.PAIRS, steps // 4, 1e-2, seed):
-            moving.append((part * steps // 4 + step, anchor))
+            if step < steps // 4 or part == 3:  # the end of a part is the start of the next
+                moving.append((part * steps // 4 + step, anchor))
     runs = {
         "DPO": lab.train_dpo(seed, drawn, steps=steps),
         "weight left at 1/2": lab.train_dpo(seed, drawn, steps=steps, loss=unweighted),
@@ -77,12 +84,15 @@ def held(seed, quick):
 
 
 def sft_first(seed, quick):
-    """DPO from an untrained network, and after SFT on the chosen responses or on both; each is its
-    own reference. The pairs are the same: responses of the usual reference."""
+    """DPO from an untrained network, after SFT on the chosen responses or on both, and from the
+    model that wrote the responses; each is its own reference. The pairs are the same."""
     rows, drawn = [], lab.draw(seed, lab.PAIRS)
     x, both = drawn.prompt, torch.stack([drawn.chosen, drawn.rejected])
-    for name, taught in (("none", both[:0]), ("on the chosen", both[:1]), ("on both", both)):
+    starts = {"untrained": both[:0], "SFT on the chosen": both[:1], "SFT on both": both}
+    for name, taught in (starts | {"author of the pairs": both[:0]}).items():
         policy, steps = lab.new_gpt(seed), 40 if quick else 400
+        if name == "author of the pairs":
+            policy, _ = lab.start_from(seed)
 
         def sft(logps, i):
             return -logps[x[i], taught[:, i]].mean(0)
@@ -94,7 +104,7 @@ def sft_first(seed, quick):
         *_, (_, logps) = lab.descend(policy, loss, lab.PAIRS, steps, 1e-2, seed)
         right = dpo.accuracy((logps - base)[x, both[0]] - (logps - base)[x, both[1]]).mean().item()
         before = lab.measure(base, base)["grammatical"]
-        row = {"seed": seed, "sft": name, "accuracy": right, "before": before}
+        row = {"seed": seed, "start": name, "accuracy": right, "before": before}
         rows.append(row | lab.measure(logps, base))
     return rows
 
@@ -130,30 +140,26 @@ def other_losses(seed, quick):
 
 def samplers(seed, quick):
     """Pairs of the reference's responses, of a colder sampler's (probabilities squared), of a
-    uniform one's; and of the policy itself, drawn in four rounds."""
+    uniform one's; and of the policy itself, which are drawn in four parts while it trains. All
+    train in the same four parts."""
     rows, (_, ref) = [], lab.reference(seed)
     others = {"reference": ref, "colder": (2 * ref).log_softmax(-1)}
     others["uniform"] = torch.zeros_like(ref).log_softmax(-1)
-
-    def pairs_from(logps, n, stream):
-        generator = torch.Generator().manual_seed(1000 * stream + seed)
-        return WORLD.draw_pairs(logps, n, "hard", generator)
-
+    others["the policy itself"] = None
     for n in (1_000,) if quick else (1_000, 3_000, 10_000, 30_000):
-        ends = {}
-        for name, logps in others.items():
-            *_, (_, ends[name]) = lab.train_dpo(seed, pairs_from(logps, n, 1), steps=240)
-        policy, now = lab.start_from(seed)
-        drawn = pairs_from(now, n // 4, 1)
-        for part in range(4):  # train on all pairs so far, then draw a quarter more
-            loss = lab.preferences(dpo.dpo_loss, drawn, ref)
-            *_, (_, now) = lab.descend(policy, loss, len(drawn.prompt), 60, 1e-2, seed)
-            more = pairs_from(now, n // 4, part + 2)
-            drawn = data.Drawn(*(torch.cat(columns) for columns in zip(drawn, more)))
-        ends["policy, four rounds"] = now
-        for name, logps in ends.items():
+        for name, sampler in others.items():
+            policy, now = lab.start_from(seed)
+            drawn, generator = [], torch.Generator().manual_seed(seed)
+            for part in range(4):
+                if sampler is None or part == 0:
+                    source, size = (now, n // 4) if sampler is None else (sampler, n)
+                    drawn.append(WORLD.draw_pairs(source, size, "hard", generator))
+                so_far = data.Drawn(*(torch.cat(columns) for columns in zip(*drawn)))
+                loss = lab.preferences(dpo.dpo_loss, so_far, ref)
+                run = lab.descend(policy, loss, len(so_far.prompt), 60, 1e-2, part)
+                *_, (_, now) = run
             row = {"seed": seed, "sampler": name, "pairs": n}
-            rows.append(row | {"gap_closed": lab.measure(logps, ref)["gap_closed"]})
+            rows.append(row | {"gap_closed": lab.measure(now, ref)["gap_closed"]})
     return rows
 
 
@@ -161,9 +167,7 @@ def by_heart(seed, quick):
     """Long training on few pairs: what it says of them, of held-out ones, and where the mass is."""
     (_, ref), few = lab.reference(seed), lab.draw(seed, FEW)
     pairs = {"own": few, "held out": lab.draw(seed, 20_000, stream=2000)}
-    named = torch.zeros(ref.shape, dtype=torch.bool)
-    named[few.prompt, few.chosen] = named[few.prompt, few.rejected] = True
-    rows = []
+    named, rows = named_in(few), []
     for step, logps in lab.train_dpo(seed, few, steps=100 if quick else 600):
         if step % 20 == 0:
             row = {"seed": seed, "step": step} | lab.measure(logps, ref)

@@ -1,5 +1,5 @@
-"""The notebook's pictures and tables. They show what a cell has computed, or what is in assets/;
-nothing is trained or measured here. The notebook shows open figures at the end of a cell.
+"""The notebook's pictures and tables; nothing is trained here. The notebook shows open figures at
+the end of a cell.
 
 P = 2 prompts, Y = 1,111 responses; logps and rewards are (P, Y), x is a prompt's place.
 """
@@ -10,27 +10,25 @@ import torch
 import dpo
 from experiments import frontier, lab
 from experiments.lab import WORLD, where
-from experiments.verdicts import BLUE, COLOURS, DASHES, GREY, ORANGE, RED, bars, lines, said
-
-LOOK = {
-    "figure.dpi": 80, "figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.25,
-    "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 9,
-}  # fmt: skip
+from experiments.verdicts import BLUE, COLOURS, DASHES, ORANGE, RED, bars, lines, said
 
 
 def start():
     """For the notebook's first cell: one look for all pictures; one thread, as in experiments/."""
-    plt.rcParams.update(LOOK)
     torch.set_num_threads(1)
+    plt.rc("figure", dpi=80)
+    plt.rc("figure.constrained_layout", use=True)
+    plt.rc("axes", grid=True, axisbelow=True)
+    plt.rc("axes.spines", top=False, right=False)
+    plt.rc("grid", alpha=0.25)
+    plt.rc("legend", fontsize=9)
 
 
 def table(head, *rows, digits=2):
     """Print rows of words and numbers under their heads, in columns as wide as they need."""
 
-    def text(cell):
-        return f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell)
-
-    texts = [[text(cell) for cell in row] for row in (head, *rows)]
+    texts = [[f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell) for cell in row]
+             for row in (head, *rows)]  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*texts)]
     for first, *others in texts:
         cells = [first.ljust(widths[0]), *(t.rjust(w) for t, w in zip(others, widths[1:]))]
@@ -90,7 +88,7 @@ def counted(gap):
     sizes, of_size, n = gap.abs().round(decimals=2).unique(return_inverse=True, return_counts=True)
     won = torch.zeros(len(sizes)).index_add(0, of_size, dpo.accuracy(gap)) / n
     _, ax = panels(1)
-    axis, often = torch.linspace(0, 6, 100), n >= 200
+    axis, often = torch.linspace(0, 6, 100), (n >= 200) & (sizes > 0)
     ax.plot(axis, dpo.bradley_terry(axis, torch.zeros(100)), color=BLUE, label="Eq. 1")
     error = 2 * (won * (1 - won) / n) ** 0.5
     style = dict(fmt="o", color="black", markersize=3, lw=1)
@@ -109,12 +107,13 @@ def responses(x, policies, ref):
     fig, axes = panels(len(policies), 4.4, sharey=True)
     for ax, (title, logps), total in zip(axes, policies.items(), sums):
         colour = BLUE if abs(total - 1) < 1e-6 else ORANGE
-        bars = logps[x, shown].exp()
-        ax.barh(range(len(shown)), bars, color=colour, edgecolor="black", linewidth=0.6)
+        ax.barh(
+            range(len(shown)), logps[x, shown].exp(), color=colour, edgecolor="black", linewidth=0.6
+        )
         style = dict(color=RED, markersize=9, mew=2, label="reference")
         ax.plot(ref[x, shown].exp(), range(len(shown)), "|", **style)
         ax.set(title=title if normalised else f"{title}\nall 1,111 sum to {total:.2f}")
-        ax.set(xlabel="probability" if colour == BLUE else "no probability yet")
+        ax.set(xlabel="probability (scales differ)" if colour == BLUE else "no probability yet")
     axes[0].set_yticks(range(len(shown)), names(x, shown))
     axes[0].set(ylabel="response and its r*, sorted by r*")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower right")
@@ -161,7 +160,7 @@ def heat_maps(x, tables, shown):
         ticks = [f"{word(y)}\n{rewards[x, y]:+.1f}" for y in shown]
         ax.set_xticks(range(len(shown)), ticks, fontsize=8)
         ax.set_yticks(range(len(shown)), [word(y) for y in shown])
-        ax.set(title=title, xlabel="... this one (its reward below)")
+        ax.set(title=title, xlabel="... this one), with its reward")
         ax.grid(False)
     axes[0].set(ylabel="P(this response beats ...")
 
@@ -177,8 +176,8 @@ def loss_and_weight():
     for ax, y, at_0, name in zip(axes, (loss, weight), (0.6931, 0.5), ("loss", "weight")):
         ax.plot(m, y, color=BLUE)
         ax.plot(0, at_0, "o", color=RED)
-        ax.annotate(f"policy = reference: {at_0}", (0, at_0), (0.6, 1.35 * at_0 + 0.08), color=RED)
-        ax.set(xlabel="margin m = r_w - r_l", ylabel=name)
+        ax.annotate(f"policy = reference: {at_0}", (0, at_0), (-0.5, 1.3 * at_0 + 0.08), color=RED)
+        ax.set(xlabel="margin", ylabel=name)
     for b, colour, ls in zip((0.1, 0.5, 2.0), COLOURS, DASHES):
         pull = -dpo.dpo_gradient(m, none, none, none, b)[0]
         axes[2].plot(m, pull, color=colour, ls=ls, label=f"beta = {b:g}")
@@ -198,7 +197,7 @@ def weights_by_label(steps, weights, truth):
     for (name, mine), part, colour, ls in zip(kinds.items(), parts, COLOURS, DASHES):
         label = f"{name} ({mine.double().mean():.0%} of the pairs)"
         left.plot(steps, part / mine.sum(), color=colour, ls=ls, label=label)
-        left.axhline((-truth[mine]).sigmoid().mean(), color="black", ls=":", lw=0.8)
+        left.axhline((-truth[mine]).sigmoid().mean(), color="black", lw=0.6)
     parts = parts / parts.sum(0)
     right.stackplot(steps, parts, colors=COLOURS, alpha=0.8)
     half = len(steps) // 2
@@ -216,7 +215,7 @@ def rewards_learned(implicit, ref, log_Z, beta, steps, curves):
         dots = dict(s=250 * ref[i].exp() ** 0.5, color=colour, marker=marker, alpha=0.5)
         left.scatter(WORLD.rewards[i], implicit[i], label=prompt.strip(), **dots)
         left.axline((0, -beta * log_Z[i]), slope=1, color=colour, lw=1)
-    left.set(xlabel="true reward r*", ylabel="beta log pi / pi_ref")
+    left.set(xlabel="true reward r*", ylabel="implicit reward, in units of r*")
     left.legend(title="lines: r* - beta log Z(x)")
     for (n, curve), colour, ls in zip(curves.items(), COLOURS, DASHES):
         right.plot(steps, curve, color=colour, ls=ls, label=f"{n:,} pair{'s' * (n > 1)}")
@@ -236,7 +235,7 @@ def displacement(moved, falls, at_optimum):
         at = [i + 0.08 * (row["seed"] - 2) for row in mine]
         axes[0].plot(at, [row["moved"] for row in mine], "o", color=COLOURS[i], alpha=0.7)
     axes[0].set_xticks((0, 1), ("table", "network"))
-    axes[0].set(title="1. four pairs, beta 0.1: each chosen one", ylabel="log pi / pi_ref, nats")
+    axes[0].set(title="1. four pairs, beta 0.1: each chosen one", xlabel="a column for each seed")
     mine = where(falls, pairs=2_000, beta=1.0)
     bars(axes[1], ("table", "network", "pi*"), ("chosen", "rejected"),
          lambda policy, key: [row[key] for row in where(mine, policy=policy)])  # fmt: skip
@@ -244,9 +243,10 @@ def displacement(moved, falls, at_optimum):
     betas, *means = zip(*at_optimum)
     for mean, name, colour, ls in zip(means, ("chosen", "rejected"), COLOURS, DASHES):
         axes[2].plot(betas, mean, color=colour, ls=ls, label=name)
-    axes[2].set(title="3. pi* of Eq. 4: means", xscale="log", xlabel="beta")
+    axes[2].set(title="3. pi* of Eq. 4, seed 0: means", xscale="log", xlabel="beta")
     for ax in axes:
         ax.axhline(0, color="black", lw=0.8)
+        ax.set(ylabel="log pi / pi_ref, nats")
     axes[1].legend(loc="lower right")
     axes[2].legend(loc="lower right")
 
@@ -260,6 +260,7 @@ def over_steps(rows, shown, by=None):
                    "line": row[by] if by else key.replace("_", " ")}
                   for key in keys for row in rows]  # fmt: skip
         lines(ax, points, "step", label, "line")
+        ax.set(ylabel=label)
         if len(keys) > 1:
             ax.legend()
     if by:
@@ -279,7 +280,7 @@ def reward_against_kl(dots, curves):
         ends = {(row["setting"], row["seed"]): row for row in mine}.values()  # the last of each run
         xy = [row["kl"] for row in ends], [row["expected_reward"] for row in ends]
         ax.scatter(*xy, 45, label=method, color=colour, marker=marker, edgecolors="white")
-    ax.set(xlabel="KL(pi || pi_ref), nats", ylabel="E[r*], true reward", xlim=(-0.1, 7.6))
+    ax.set(xlabel="KL(pi || pi_ref), nats", ylabel="E[r*]", title="labels by Bradley-Terry")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 

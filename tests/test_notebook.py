@@ -104,7 +104,7 @@ def test_the_answers_by_hand(notebook):
         13: [r"\beta/2", r"3/\beta"],
         18: [f"{4 * 0.1:.1f}", f"{0.85 + 3 * 0.01:.2f}", *(f"{log:.1f}" for log in logs)],
         19: [f"{4 * (1 + 1 + 2)}, and {4 * (1 + 1 + 2 + 1)}"],
-        20: [f"m = {math.log(0.9 / 0.1):.1f}", "1/2", "above 1"],
+        20: [f"m = {math.log(0.9 / 0.1):.1f}", "1/2", "1 or above"],
     }
     for number, wanted in said.items():
         for text in wanted:
