@@ -72,19 +72,19 @@ def pipelines(path):
     ax.set(xlim=(0, 100), ylim=(0, 36))
     ax.axis("off")
     boxes = [  # place, text, colour
-        ((11, 18), "SFT: the reference,\npairs of its responses,\nlabelled by people", GREY),
+        ((11, 18), "reference, after SFT;\npairs that it wrote\nand people labelled", GREY),
         ((37, 27), "reward model\nEq. 2", RED),
         ((63, 27), "PPO on Eq. 3: sample, score;\ntrain policy and critic", RED),
         ((50, 9), "DPO on Eq. 7, one loss on the pairs:\nthe policy is the reward model", BLUE),
-        ((90, 18), "a policy\nnear Eq. 4", GREY),
+        ((88, 18), "a policy near pi*,\nthe optimum of Eq. 4", GREY),
     ]
     for place, text, colour in boxes:
         box = dict(boxstyle="round,pad=0.7", facecolor="white", edgecolor=colour, linewidth=2)
         ax.text(*place, text, ha="center", va="center", fontsize=11, bbox=box)
     ax.text(50, 34, "RLHF", ha="center", color=RED, fontsize=13, weight="bold")
     ax.text(50, 1, "DPO", ha="center", color=BLUE, fontsize=13, weight="bold")
-    arrows = [((21, 22), (30, 26)), ((44, 27), (50, 27)), ((76, 26), (84, 21)),
-              ((21, 14), (33, 10)), ((67, 10), (84, 15))]  # fmt: skip
+    arrows = [((21, 22), (30, 26)), ((44, 27), (50, 27)), ((76, 26), (82, 22)),
+              ((21, 14), (33, 10)), ((67, 10), (82, 14))]  # fmt: skip
     for start, end in arrows:
         ax.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color=GREY, lw=1.5))
     fig.savefig(path)

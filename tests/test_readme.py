@@ -88,7 +88,7 @@ def test_every_number_cited_in_dpo_has_its_row_and_its_test(root, readme):
 
 
 def test_the_loss_that_readme_shows_is_the_loss(root, readme):
-    block = re.search(r"## The loss\n\n```python\n(.*?)```", readme, re.S)[1]
+    block = re.search(r"## The loss, in dpo.py\n\n```python\n(.*?)```", readme, re.S)[1]
     source = (root / "dpo.py").read_text()
     for line in block.splitlines():
         assert line in source, f"dpo.py has no line {line}"
