@@ -316,6 +316,9 @@ PPO: critic never trained | ) + errors[mask].mean() => )
 # experiments/claims.py
 leak: pairs drawn from the reference in every round | (policy, pairs => (ref, pairs
 leak: grammatical responses counted twice | (paired & ~grammatical) => paired
+# experiments/course.py
+course: optimum of the other KL upside down | ref_logps - ( => ref_logps + (
+course: chosen responses that lost | ref.exp() * wins, => ref.exp() * (1 - wins),
 # experiments/frontier.py
 frontier: Best-of-N forgets ties below | below.clamp(min=0) ** n => 0
 frontier: win rate without ties | ) + (margins == 0) / 2 => )

