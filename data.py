@@ -210,9 +210,9 @@ def collate(rows, pair_ids):
     texts += [(pair.prompt, pair.rejected) for pair in pairs if pair.rejected]
     start = torch.tensor([len(x) for x, _ in texts])[:, None]
     end = torch.tensor([len(x) + len(y) for x, y in texts])[:, None]
-    T = int(end.max())
-    ids = torch.tensor([x + y + [0] * (T - len(x) - len(y)) for x, y in texts])
-    place = torch.arange(T)
+    place = torch.arange(int(end.max()))  # (T,)
+    ids = torch.zeros(len(texts), len(place), dtype=torch.long)
+    ids[place < end] = torch.tensor([token for x, y in texts for token in x + y])  # row by row
     return ids, (start <= place) & (place < end)
 
 

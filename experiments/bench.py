@@ -2,6 +2,8 @@
 
     python -m experiments.bench [--data pairs.jsonl] [--shape 6,6,384] [--only ours TRL]
     python -m experiments.bench --grow    how the cost grows with prompts, responses and batches
+    python -m experiments.bench --check   does all of it work on the device that is here?
+    python -m experiments.bench --scale   what fits on a laptop's GPU, by formula
 
 All have the same GPT-2-shaped weights and the same batches, AdamW at 1e-5, beta 0.1, gradients
 clipped to 1, no dropout. Each contender is a process of its own, for its peak memory; only one
@@ -124,6 +126,7 @@ CONTENDERS = {
     "ours": ours,
     "ours, bfloat16": lambda *args: ours(*args, dtype="bfloat16"),
     "ours, compiled": lambda *args: ours(*args, compiled=True),
+    "ours, bfloat16, compiled": lambda *args: ours(*args, dtype="bfloat16", compiled=True),
     "shared prompt": shared,
     "authors' method": authors,
     "TRL": trl,
@@ -138,6 +141,8 @@ def serve(name, rows, folder, batch, pipe):
     """In a process of its own: for each n received, n steps -> (seconds, losses, peak bytes)."""
     sys.stdout = sys.stderr = open(os.devnull, "w")  # TRL talks
     warnings.simplefilter("ignore")
+    if DEVICE == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as train.py sets it
     steps = CONTENDERS[name](rows, folder, batch)
     while n := pipe.recv():
         seconds, losses = [], []
@@ -145,11 +150,16 @@ def serve(name, rows, folder, batch, pipe):
             start = time.perf_counter()
             losses.append(next(steps).item())  # .item() waits for the device
             seconds.append(time.perf_counter() - start)
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        if DEVICE == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-        pipe.send((seconds, losses, peak))
+        pipe.send((seconds, losses, peak()))
+
+
+def peak():
+    """The most memory so far, in bytes: of the GPU's, else of this process."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def race(names, rows, folder, steps, batch=BATCH, first=LOSS_STEPS, rounds=ROUNDS):
@@ -178,8 +188,9 @@ def race(names, rows, folder, steps, batch=BATCH, first=LOSS_STEPS, rounds=ROUND
     return found, statistics.median(speeds)
 
 
-def matrix_speed(n=2048):
-    """Flop/s of a large float32 matrix product here and now."""
+def matrix_speed():
+    """Flop/s of a large float32 (on CUDA: TF32) matrix product here and now."""
+    n = 8192 if DEVICE == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=DEVICE)
     (a @ b).sum().item()
     start = time.perf_counter()
@@ -188,7 +199,7 @@ def matrix_speed(n=2048):
     return 3 * 2 * n**3 / (time.perf_counter() - start)
 
 
-def useful_flops(rows, config):
+def useful_flops(rows, config, batch=BATCH):
     """Of a step on average: each token of prompt and responses once, the head where it is scored,
     times 3 for forward and backward. No padding, no prompt twice, no reference."""
     C, total = config.n_embd, 0
@@ -197,7 +208,7 @@ def useful_flops(rows, config):
         tokens, scored = x + w + l - 2, w + l
         seen = x * (x + 1) / 2 + sum(x * (y - 1) + y * (y - 1) / 2 for y in (w, l))
         total += config.n_layer * (24 * tokens * C**2 + 4 * seen * C) + 2 * scored * C * VOCAB
-    return 3 * BATCH * total / len(rows)
+    return 3 * batch * total / len(rows)
 
 
 def main():
@@ -208,13 +219,19 @@ def main():
     parser.add_argument("--steps", type=int, default=5, choices=most, help="steps of a turn")
     parser.add_argument("--only", default=list(CONTENDERS), nargs="+", choices=CONTENDERS)
     parser.add_argument("--grow", action="store_true", help="the table of growth instead")
+    parser.add_argument("--check", action="store_true", help="experiments/device.py instead")
+    parser.add_argument("--scale", action="store_true", help="the table of what fits instead")
     args = parser.parse_args()
+    if args.check or args.scale:
+        from experiments import device  # it imports this file
+
+        sys.exit(device.check() if args.check else device.scale())
     n_layer, n_head, n_embd = map(int, args.shape.split(","))
     config = GPTConfig(VOCAB, 1024, n_embd, n_layer, n_head)
     rows = made_up(8 * 125)
     if args.data:
         rows = data.encode_pairs(data.load_pairs(args.data), data.get_tokenizer("gpt2"), 1024)
-    names = [name for name in args.only if importlib.util.find_spec("trl") or "TRL" not in name]
+    names = [name for name in args.only if has_trl() or "TRL" not in name]
     if len(names) < len(args.only):
         print("TRL is not installed: pip install -r tests/peers/requirements.txt")
     where = f"{torch.get_num_threads()} threads, {DEVICE}, torch {torch.__version__}"
@@ -228,6 +245,10 @@ def main():
     show(found, speed, useful_flops(rows, config))
 
 
+def has_trl():
+    return bool(importlib.util.find_spec("trl"))
+
+
 def grow(folder):
     print("\n| prompt | responses | pairs | ours, seconds | authors' method | faster by |")
     print("|---" * 6 + "|")
@@ -239,8 +260,8 @@ def grow(folder):
         print(f"| {prompt} | {response} | {batch} | {numbers} |")
 
 
-def show(found, speed, flops):
-    print(f"batches of {BATCH}; useful: of a large product's {speed / 1e9:.0f} Gflop/s\n")
+def show(found, speed, flops, batch=BATCH):
+    print(f"batches of {batch}; useful: of a large product's {speed / 1e9:.0f} Gflop/s\n")
     print("| contender | seconds a step (range) | pairs/s | ours is faster by | peak GB | useful |")
     print("|---" * 6 + "|")
     base = found.get("ours", [[float("nan")]])[0]
@@ -249,7 +270,7 @@ def show(found, speed, flops):
         ratios = [their / our for their, our in zip(seconds, base)]
         cells = [
             f"{middle:.3f} ({min(seconds):.3f} to {max(seconds):.3f})",
-            f"{BATCH / middle:.2f}",
+            f"{batch / middle:.2f}",
         ]
         cells += [f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
         cells += [f"{peaks[-1] / 1e9:.2f}", f"{flops / middle / speed:.0%}"]

@@ -3,7 +3,8 @@
 import torch
 
 import data
-from experiments import bench
+import dpo
+from experiments import bench, device
 from model import GPT, GPTConfig
 from test_dpo import expect
 
@@ -41,3 +42,50 @@ def test_useful_arithmetic_by_hand():
     row, config = data.TokenPair([1, 2], [3], [4, 5]), GPTConfig(bench.VOCAB, 16, 8, 2, 2)
     forward = 2 * (24 * 3 * 8**2 + 4 * 6 * 8) + 2 * 3 * 8 * bench.VOCAB
     expect(bench.useful_flops([row, row], config), 3 * bench.BATCH * forward, "useful flops")
+
+
+def test_the_device_check_passes_here_and_can_fail(monkeypatch, capsys):
+    """Log-probs and gradients on the CPU, float32 and bfloat16; then with a mean in place of sums."""
+    monkeypatch.setattr(bench, "VOCAB", 300)
+    monkeypatch.setattr(device, "failed", [])
+    device.exact("cpu")
+    assert not device.failed and capsys.readouterr().out.count("ok ") == 4
+    right = dpo.response_logps
+
+    def mean(model, ids, mask):
+        wrong = next(model.parameters()).dtype == torch.float32
+        return right(model, ids, mask) / (mask.sum(1) if wrong else 1)
+
+    monkeypatch.setattr(dpo, "response_logps", mean)
+    device.exact("cpu")
+    assert len(device.failed) == 4, "log-probs and gradients, in both dtypes"
+
+
+def test_memory_of_a_step_by_formula():
+    """Parameters of the published models; what autograd keeps in a layer, counted by its hooks."""
+    for name, n in (("gpt2", 124_439_808), ("gpt2-xl", 1_557_611_200)):
+        n_embd, n_layer, _ = device.PUBLISHED[name]
+        assert device.parameters(n_embd, n_layer) == n
+    ids = torch.randint(300, (4, 64))
+    mask = torch.zeros(4, 64, dtype=torch.bool)
+    mask[:, -16:] = True
+
+    def kept(n_layer):
+        model, sizes = GPT(GPTConfig(300, 64, 128, n_layer, 2)), {}
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        alive = []  # so that no address is used twice
+
+        def pack(tensor):
+            alive.append(tensor)
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            dpo.response_logps(model, ids, mask)
+        return sum(sizes.values())
+
+    tokens = 4 * 63
+    two_layers = [device.step_bytes(128, n_layer, tokens, 0, "float32")[1] for n_layer in (2, 4)]
+    expect((kept(4) - kept(2)) / (two_layers[1] - two_layers[0]), 1.0, "bytes a layer keeps", 0.01)

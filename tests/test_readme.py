@@ -47,7 +47,8 @@ def test_flags_and_names(root, texts, capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
     flags = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) | {"--help"}
-    flags |= {"--quick", "--steps", "--only", "--generated", "--nproc_per_node"}  # not of train.py
+    flags |= {"--quick", "--generated", "--nproc_per_node"}  # not of train.py
+    flags |= {"--steps", "--shape", "--grow", "--scale", "--check"}  # of experiments.bench
     for folder, text in texts.items():
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text)) <= flags
         named = re.findall(r"`((?:\w+/)*\w+\.(?:py|ipynb|txt|md))`", text)

@@ -1,0 +1,200 @@
+"""Does everything work, and how fast, on the device that is here: CUDA, MPS, else the CPU?
+
+    python -m experiments.bench --check
+    python -m experiments.bench --scale    what fits on a laptop's GPU, by formula
+
+In at most five minutes: log-probs and gradients beside a float64 oracle on the CPU; the toy run, a
+resumed run, its files read on the CPU, samples; then the speed of a GPT-2-shaped model, and what a
+training step waits for. Exit status 1 if a number is out of bounds.
+"""
+
+import copy
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import data
+import dpo
+import train
+from experiments import bench
+from model import GPT, PUBLISHED, GPTConfig
+
+SHAPES = {"cuda": (12, 12, 768), "cpu": (2, 2, 128)}  # layers, heads, width
+failed = []
+
+
+def within(name, value, limit):
+    """Print a number that should be at most `limit`."""
+    print(f"{'ok' if value <= limit else 'FAILED':7} {name}: {value:.2g} (at most {limit:g})")
+    if not value <= limit:
+        failed.append(name)
+
+
+def check():
+    device = bench.DEVICE
+    where = torch.cuda.get_device_name() if device == "cuda" else device
+    print(f"{where}, torch {torch.__version__}\n")
+    exact(device)
+    with tempfile.TemporaryDirectory() as folder:
+        runs(device, Path(folder))
+        speed(device, folder)
+    print(f"\n{'FAILED: ' + ', '.join(failed) if failed else 'all checks passed'}")
+    return bool(failed)
+
+
+def exact(device):
+    """log pi(y|x) and the gradient of Eq. 7 in every weight, float32 and bfloat16, against float64
+    on the CPU: a model of three layers and 32 pairs of some 76 tokens."""
+    torch.manual_seed(0)
+    oracle = GPT(GPTConfig(bench.VOCAB, 256, 96, 3, 3)).double()
+    rows = bench.made_up(32)
+    ids, mask = data.collate(rows, range(32))
+    _, _, ref = wanted = answers(oracle, ids, mask)
+    for dtype, most, most_of_grad in (("float32", 1e-3, 1e-4), ("bfloat16", 0.1, 0.05)):
+        model = copy.deepcopy(oracle).float().to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            logps, grad, _ = answers(model, ids.to(device), mask, ref.float().to(device))
+        within(f"log-probs, {dtype}, nats", (logps - wanted[0]).abs().max().item(), most)
+        apart = (grad - wanted[1]).norm() / wanted[1].norm()
+        within(f"gradient, {dtype}, relative", apart.item(), most_of_grad)
+
+
+def answers(model, ids, mask, ref=None):
+    """Log-probs (2B,) and the flat gradient on the CPU in float64; the reference, a bit off."""
+    logps = dpo.response_logps(model, ids, mask)
+    if ref is None:
+        ref = logps.detach() + torch.linspace(-1, 1, len(logps), dtype=logps.dtype)
+    dpo.dpo_loss(*logps.chunk(2), *ref.chunk(2), beta=1.0).losses.mean().backward()
+    grads = [parameter.grad.flatten().cpu().double() for parameter in model.parameters()]
+    return logps.detach().cpu().double(), torch.cat(grads), ref
+
+
+def runs(device, folder):
+    """The default run of train.py; one that is stopped and resumed; files, samples, AdamW."""
+    summary = train.main(["--out", str(folder / "toy"), "--device", device])
+    within("toy run, gap left", 1 - summary["gap_closed"], 0.05)
+    flags = "--pairs 4096 --sft-epochs 0.5 --save-every 10 --eval-every 20".split()
+    flags += ["--device", device, "--out"]
+    train.main([*flags, str(folder / "whole")])
+    update, calls = train.update, []
+
+    def stop_after_50(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 50:  # 20 of SFT, 30 of DPO
+            raise KeyboardInterrupt
+        return update(*args, **kwargs)
+
+    train.update = stop_after_50
+    try:
+        train.main([*flags, str(folder / "stopped")])
+    except KeyboardInterrupt:
+        train.update = update
+    train.main(["--resume", "--out", str(folder / "stopped")])
+    whole, resumed = (
+        GPT.from_pretrained(folder / name / "policy") for name in ("whole", "stopped")
+    )
+    world = data.ToyWorld()
+    apart = (world.logps(whole) - world.logps(resumed)).exp().sub(1).abs().max().item()
+    within("resumed run, relative change of a probability", apart, 0.01)
+
+    policy = GPT.from_pretrained(folder / "toy" / "policy")  # written there, read on the CPU
+    there = copy.deepcopy(policy).to(device)
+    listed = world.logps(policy)
+    within(
+        "files, log-probs there and here", (world.logps(there) - listed).abs().max().item(), 0.01
+    )
+    ids = world.prompt_ids[:1].expand(20_000, -1).to(device)
+    drawn = there.generate(ids, world.K, stop_token=world.W)[:, world.prompt_ids.shape[1] :].cpu()
+    y = listed[0].argmax()
+    tokens = torch.tensor((world.response_ids[y] + [world.W] * world.K)[: world.K])
+    p, found = listed[0, y].exp().item(), (drawn == tokens).all(1).double().mean().item()
+    within("samples, standard errors", abs(found - p) / (p * (1 - p) / 20_000) ** 0.5, 4)
+    within(
+        "AdamW is not fused", not train.OPTIMIZERS["adamw"](there.parameters()).defaults["fused"], 0
+    )
+
+
+def speed(device, folder):
+    """Pairs a second, peak memory, the share of the card's matrix speed; what a step waits for."""
+    torch.manual_seed(0)
+    n_layer, n_head, n_embd = SHAPES.get(device, SHAPES["cpu"])
+    GPT(GPTConfig(bench.VOCAB, 1024, n_embd, n_layer, n_head)).save_pretrained(folder)
+    batch = 32 if device == "cuda" else bench.BATCH
+    rows = bench.made_up(batch * 60)
+    names = [name for name in bench.CONTENDERS if "TRL" not in name or bench.has_trl()]
+    print(f"\nlayers, heads, width {n_layer},{n_head},{n_embd}; {batch} pairs a step")
+    found, fastest = bench.race(names, rows, folder, 5, batch, rounds=3)
+    config = GPTConfig(n_embd=n_embd, n_layer=n_layer)
+    bench.show(found, fastest, bench.useful_flops(rows, config, batch), batch)
+    for dtype in ("float32", "bfloat16"):
+        steps = bench.ours(rows, folder, batch, dtype)
+        for _ in range(3):
+            next(steps)
+        kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+        with profile(activities=kinds) as trace:
+            next(steps).item()
+        events = trace.key_averages()
+        waits = "nonzero", "_local_scalar_dense", "Synchronize"
+        shown = "scaled_dot_product", "flash", "fmha", "efficient_attention", *waits
+        print(f"\n{dtype}: attention, and what waits for the device (calls)")
+        for event in events:
+            if any(word in event.key for word in shown) and "backward" not in event.key.lower():
+                print(f"  {event.key[:70]} ({event.count})")
+        if device == "cuda":
+            print(events.table(sort_by="self_device_time_total", row_limit=12))
+
+
+# On paper: what fits
+
+
+def parameters(n_embd, n_layer, vocab=bench.VOCAB, positions=1024):
+    """Weights of a GPT-2 with a tied head: 12 C^2 + 13 C a layer, embeddings, the last norm."""
+    layer = 12 * n_embd**2 + 13 * n_embd
+    return n_layer * layer + (vocab + positions) * n_embd + 2 * n_embd
+
+
+def step_bytes(n_embd, n_layer, tokens, scored, dtype):
+    """Memory of a training step -> (what stays, what one micro-batch adds), in bytes.
+
+    Stays: weights, gradients, AdamW's two moments, in float32 whatever the dtype; in bfloat16 also
+    a copy of the weights. A token keeps 16 C numbers a layer until backward (in bfloat16 36 C
+    bytes); a scored one three rows of V.
+    """
+    n, bf16 = parameters(n_embd, n_layer), dtype == "bfloat16"
+    kept = (36 if bf16 else 64) * n_embd * n_layer * tokens
+    return n * (18 if bf16 else 16), kept + 12 * bench.VOCAB * scored
+
+
+def scale():
+    """What fits on a GPU of 8 GB, 7.5 of them free, with pairs of 2 rows of 256 tokens, 128 scored
+    in each; and what a step needs in arithmetic."""
+    print("| model | weights | dtype | GB that stay | GB a pair | pairs in 8 GB | Tflop a pair |")
+    print("|---" * 7 + "|")
+    for name, (n_embd, n_layer, _) in PUBLISHED.items():
+        row = data.TokenPair([0] * 128, [0] * 128, [0] * 128)
+        flops = bench.useful_flops([row], GPTConfig(n_embd=n_embd, n_layer=n_layer), 1)
+        for dtype in ("float32", "bfloat16"):
+            stays, a_pair = step_bytes(n_embd, n_layer, 512, 256, dtype)
+            fits = max(0, int((7.5e9 - stays) / a_pair))
+            numbers = f"{stays / 1e9:.1f} | {a_pair / 1e9:.2f} | {fits} | {flops / 1e12:.2f}"
+            print(f"| {name} | {parameters(n_embd, n_layer) / 1e6:.0f}M | {dtype} | {numbers} |")
+    stays, a_pair = step_bytes(768, 12, 512, 256, "float32")
+    by_formula, measured = (stays + 4 * a_pair) / 1e9, peak_bytes(4) / 1e9
+    print(
+        f"\ngpt2, float32, 4 pairs: {by_formula:.2f} GB, measured {measured:.2f} on {bench.DEVICE}"
+    )
+
+
+def peak_bytes(pairs):
+    """Measured in a step of GPT-2's shape on these rows; on a CPU without what was there before."""
+    before = 0 if bench.DEVICE == "cuda" else bench.peak()
+    model, args = GPT(GPTConfig()).to(bench.DEVICE), bench.settings(pairs)
+    rows = [data.TokenPair([0] * 128, [0] * 128, [0] * 128)] * pairs
+    optimizer = train.OPTIMIZERS["adamw"](model.parameters())
+    ref = torch.zeros(2, pairs, device=bench.DEVICE)
+    for _ in range(2):
+        everything = torch.arange(pairs)
+        train.update(model, optimizer, 1e-6, args, rows, everything, dpo.dpo_loss, ref)
+    return bench.peak() - before
