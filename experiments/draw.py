@@ -113,7 +113,7 @@ def responses(x, policies, ref):
         style = dict(color=RED, markersize=9, mew=2, label="reference")
         ax.plot(ref[x, shown].exp(), range(len(shown)), "|", **style)
         ax.set(title=title if normalised else f"{title}\nall 1,111 sum to {total:.2f}")
-        ax.set(xlabel="probability (scales differ)" if colour == BLUE else "no probability yet")
+        ax.set(xlabel="probability (scales differ)" if colour == BLUE else "not yet a probability")
     axes[0].set_yticks(range(len(shown)), names(x, shown))
     axes[0].set(ylabel="response and its r*, sorted by r*")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower right")
