@@ -35,7 +35,8 @@ BETA, LR, BATCH, VOCAB = 0.1, 1e-5, 8, 50257
 GROWTH = [(16, 32, 8), (64, 32, 8), (256, 32, 8), (512, 32, 8),  # tokens of prompt, of responses,
           (64, 8, 8), (64, 128, 8), (64, 32, 2), (64, 32, 32)]  # pairs a batch  # fmt: skip
 LOSS_STEPS, ROUNDS, TRL_STEPS = 10, 5, 60  # the first ten, whose losses are shown, warm up as well
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FOUND = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+DEVICE = FOUND.type if FOUND else "cpu"
 
 
 def made_up(n, prompt=None, response=None):
@@ -141,22 +142,31 @@ def serve(name, rows, folder, batch, pipe):
     """In a process of its own: for each n received, n steps -> (seconds, losses, peak bytes)."""
     sys.stdout = sys.stderr = open(os.devnull, "w")  # TRL talks
     warnings.simplefilter("ignore")
+    as_train_sets_it()
+    try:
+        steps = CONTENDERS[name](rows, folder, batch)
+        while n := pipe.recv():
+            seconds, losses = [], []
+            for _ in range(n):
+                start = time.perf_counter()
+                losses.append(next(steps).item())  # .item() waits for the device
+                seconds.append(time.perf_counter() - start)
+            pipe.send((seconds, losses, peak()))
+    except Exception as error:  # no compiler, no memory: the others go on
+        pipe.send(f"{type(error).__name__}: {error}"[:300])
+
+
+def as_train_sets_it():
     if DEVICE == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as train.py sets it
-    steps = CONTENDERS[name](rows, folder, batch)
-    while n := pipe.recv():
-        seconds, losses = [], []
-        for _ in range(n):
-            start = time.perf_counter()
-            losses.append(next(steps).item())  # .item() waits for the device
-            seconds.append(time.perf_counter() - start)
-        pipe.send((seconds, losses, peak()))
+        torch.set_float32_matmul_precision("high")  # TF32
 
 
 def peak():
     """The most memory so far, in bytes: of the GPU's, else of this process."""
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated()
+    if DEVICE == "mps":
+        return torch.mps.driver_allocated_memory()  # cached, so about the peak
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )
@@ -171,18 +181,23 @@ def race(names, rows, folder, steps, batch=BATCH, first=LOSS_STEPS, rounds=ROUND
         pipes[name], theirs = context.Pipe()
         args = name, rows, folder, batch, theirs
         context.Process(target=serve, args=args, daemon=True).start()
-        theirs.close()  # so that a contender that fails is an EOFError here, and no endless wait
+        theirs.close()  # so that a contender that dies is an EOFError here, and no endless wait
         pipes[name].send(first)
-        _, losses, peak = pipes[name].recv()
-        found[name] = [], losses, [peak]
+        answer = pipes[name].recv()
+        if isinstance(answer, str):
+            print(f"{name} failed: {answer}")
+            del pipes[name]
+            continue
+        _, losses, most = answer
+        found[name] = [], losses, [most]
         train.progress(f"{name}: first steps done", False)
     for _ in range(rounds):
         speeds.append(matrix_speed())
         for name, pipe in pipes.items():
             pipe.send(steps)
-            seconds, _, peak = pipe.recv()
+            seconds, _, most = pipe.recv()
             found[name][0].append(statistics.mean(seconds))
-            found[name][2].append(peak)
+            found[name][2].append(most)
     for pipe in pipes.values():
         pipe.send(0)
     return found, statistics.median(speeds)
@@ -190,6 +205,7 @@ def race(names, rows, folder, steps, batch=BATCH, first=LOSS_STEPS, rounds=ROUND
 
 def matrix_speed():
     """Flop/s of a large float32 (on CUDA: TF32) matrix product here and now."""
+    as_train_sets_it()
     n = 8192 if DEVICE == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=DEVICE)
     (a @ b).sum().item()
@@ -261,7 +277,7 @@ def grow(folder):
 
 
 def show(found, speed, flops, batch=BATCH):
-    print(f"batches of {batch}; useful: of a large product's {speed / 1e9:.0f} Gflop/s\n")
+    print(f"batches of {batch}; useful: of a large float32 product's {speed / 1e9:.0f} Gflop/s\n")
     print("| contender | seconds a step (range) | pairs/s | ours is faster by | peak GB | useful |")
     print("|---" * 6 + "|")
     base = found.get("ours", [[float("nan")]])[0]

@@ -49,7 +49,7 @@ def test_the_device_check_passes_here_and_can_fail(monkeypatch, capsys):
     monkeypatch.setattr(bench, "VOCAB", 300)
     monkeypatch.setattr(device, "failed", [])
     device.exact("cpu")
-    assert not device.failed and capsys.readouterr().out.count("ok ") == 4
+    assert not device.failed and capsys.readouterr().out.count("ok ") == 6
     right = dpo.response_logps
 
     def mean(model, ids, mask):
@@ -58,7 +58,7 @@ def test_the_device_check_passes_here_and_can_fail(monkeypatch, capsys):
 
     monkeypatch.setattr(dpo, "response_logps", mean)
     device.exact("cpu")
-    assert len(device.failed) == 4, "log-probs and gradients, in both dtypes"
+    assert len(device.failed) == 6, "log-probs and gradients, three times"
 
 
 def test_memory_of_a_step_by_formula():
