@@ -3,8 +3,8 @@ of Eq. 4. assets/pipeline.png: RLHF beside DPO.
 
     python -m experiments.animate
 
-In the animation, left, what it says after one prompt; right, its reward and its KL, which no policy can do better
-than the black curve. Seed 0, 100,000 pairs labelled by Bradley-Terry.
+In the animation, left, what it says after one prompt; right, its reward and its KL, which no policy
+can do better than the black curve. Seed 0, 100,000 pairs labelled by Bradley-Terry.
 """
 
 from pathlib import Path

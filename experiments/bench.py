@@ -2,8 +2,7 @@
 
     python -m experiments.bench [--data pairs.jsonl] [--shape 6,6,384] [--only ours TRL]
     python -m experiments.bench --grow    how the cost grows with prompts, responses and batches
-    python -m experiments.bench --check   does all of it work on the device that is here?
-    python -m experiments.bench --scale   what fits on a laptop's GPU, by formula
+    python -m experiments.bench --check   experiments/device.py: does it all work on this device?
 
 All have the same GPT-2-shaped weights and the same batches, AdamW at 1e-5, beta 0.1, gradients
 clipped to 1, no dropout. Each contender is a process of its own, for its peak memory; only one
@@ -18,6 +17,7 @@ import multiprocessing
 import os
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -236,12 +236,9 @@ def main():
     parser.add_argument("--only", default=list(CONTENDERS), nargs="+", choices=CONTENDERS)
     parser.add_argument("--grow", action="store_true", help="the table of growth instead")
     parser.add_argument("--check", action="store_true", help="experiments/device.py instead")
-    parser.add_argument("--scale", action="store_true", help="the table of what fits instead")
     args = parser.parse_args()
-    if args.check or args.scale:
-        from experiments import device  # it imports this file
-
-        sys.exit(device.check() if args.check else device.scale())
+    if args.check:
+        sys.exit(subprocess.call([sys.executable, "-m", "experiments.device"]))
     n_layer, n_head, n_embd = map(int, args.shape.split(","))
     config = GPTConfig(VOCAB, 1024, n_embd, n_layer, n_head)
     rows = made_up(8 * 125)

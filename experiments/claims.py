@@ -249,16 +249,8 @@ CLAIMS = {  # and a guess of their seconds, the longest first
 
 def main():
     quick, folder = lab.parse(__doc__)
-    jobs = [(claim, seed, quick) for claim in CLAIMS for seed in range(1 if quick else 5)]
-    results = lab.run_jobs(measured, jobs, [CLAIMS[claim] for claim, *_ in jobs])
-    for claim in CLAIMS:
-        rows = [row for job, part in zip(jobs, results) if job[0] is claim for row in part]
-        lab.save_csv(folder / f"claims_{claim.__name__}.csv", rows)
+    lab.run_and_save(CLAIMS, "claims", quick, folder)
     verdicts.main(folder)
-
-
-def measured(claim, seed, quick):
-    return claim(seed, quick)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ SWEEP = torch.logspace(1.5, -2, 71, dtype=torch.float64).tolist()  # beta, from 
 
 
 def over_optimised(seed, quick):
-    """Reward models fitted to few pairs each (Eq. 2), and their own optima (Eq. 4) from a large beta
-    to a small one: what they promise, and what r* says. Means over the judges."""
+    """Reward models fitted to few pairs each (Eq. 2), and their own optima (Eq. 4) from a large
+    beta to a small one: what they promise, and what r* says. Means over the judges."""
     sft, ref = lab.reference(seed)
     judges = []
     for judge in range(2 if quick else 10):
@@ -211,17 +211,9 @@ QUESTIONS = {  # and a guess of their seconds, the longest first
 }  # fmt: skip
 
 
-def measured(question, seed, quick):
-    return question(seed, quick)
-
-
 def main():
     quick, folder = lab.parse(__doc__)
-    jobs = [(question, seed, quick) for question in QUESTIONS for seed in range(1 if quick else 5)]
-    results = lab.run_jobs(measured, jobs, [QUESTIONS[question] for question, *_ in jobs])
-    for question in QUESTIONS:
-        rows = [row for job, part in zip(jobs, results) if job[0] is question for row in part]
-        lab.save_csv(folder / f"course_{question.__name__}.csv", rows)
+    lab.run_and_save(QUESTIONS, "course", quick, folder)
     print(f"see {folder}/course_*.csv")
 
 

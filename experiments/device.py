@@ -1,14 +1,16 @@
 """Does everything work, and how fast, on the device that is here: CUDA, MPS, else the CPU?
 
-    python -m experiments.bench --check
-    python -m experiments.bench --scale    what fits on a laptop's GPU, by formula
+    python -m experiments.device
+    python -m experiments.device --scale    what fits on a laptop's GPU, by formula
 
 In at most five minutes: log-probs and gradients beside a float64 oracle on the CPU; the toy run, a
 resumed run, its files read on the CPU, samples; then the speed of a GPT-2-shaped model, and what a
 training step waits for. Exit status 1 if a number is out of bounds.
 """
 
+import argparse
 import copy
+import sys
 import tempfile
 from pathlib import Path
 
@@ -191,3 +193,9 @@ def peak_bytes(pairs):
         everything = torch.arange(pairs)
         train.update(model, optimizer, 1e-6, args, rows, everything, dpo.dpo_loss, ref)
     return bench.peak() - before
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--scale", action="store_true", help="the table of what fits instead")
+    sys.exit(scale() if parser.parse_args().scale else check())

@@ -99,7 +99,7 @@ def counted(gap):
 
 
 def responses(x, policies, ref):
-    """policies: title -> logps, normalised or not. A panel for each, with the reference as ticks."""
+    """policies: title -> logps, normalised or not. A panel for each; the reference as ticks."""
     shown = torch.cat([logps[x].topk(8).indices for logps in policies.values()]).unique()
     shown = shown[WORLD.rewards[x, shown].argsort(stable=True)]
     sums = [logps[x].exp().sum() for logps in policies.values()]

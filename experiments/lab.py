@@ -193,6 +193,20 @@ def run_jobs(work, jobs, seconds):
     return [results[i] for i in range(len(jobs))]
 
 
+def run_and_save(functions, prefix, quick, folder):
+    """functions: {f: guess of its seconds}, the longest first; f(seed, quick) gives rows. One seed
+    or five, each to <folder>/<prefix>_<name of f>.csv."""
+    jobs = [(f, seed, quick) for f in functions for seed in range(1 if quick else 5)]
+    results = run_jobs(call, jobs, [functions[f] for f, *_ in jobs])
+    for f in functions:
+        rows = [row for job, part in zip(jobs, results) if job[0] is f for row in part]
+        save_csv(folder / f"{prefix}_{f.__name__}.csv", rows)
+
+
+def call(f, *arguments):
+    return f(*arguments)
+
+
 def parse(description):
     """--quick or the full run -> (quick, folder): out-quick, or assets, which README shows."""
     parser = argparse.ArgumentParser(description=description)

@@ -161,7 +161,8 @@ run, an old run is resumed from | (out / name).unlink(missing_ok=True) => pass
 run, a run on real pairs is overwritten | config.get("data") => False
 run, a run on real pairs is overwritten by the toy world |
     config.get("data => args.data and config.get("data
-run, weights ruined by the last step | evaluates or saves:  # did this step ruin the model? => False:  #
+run, weights ruined by the last step |
+    evaluates or saves:  # did this step ruin the model? => False:  #
 run, evaluated as often as saved | ) if evaluates => ) if evaluates or saves
 run, evaluations: twice too many | most = steps * PROCESSES => most = 2 * steps * PROCESSES
 run, evaluations: one too many | math.ceil(steps / most) => int(steps / most)

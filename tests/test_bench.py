@@ -45,7 +45,7 @@ def test_useful_arithmetic_by_hand():
 
 
 def test_the_device_check_passes_here_and_can_fail(monkeypatch, capsys):
-    """Log-probs and gradients on the CPU, float32 and bfloat16; then with a mean in place of sums."""
+    """Log-probs and gradients on the CPU, in each dtype; then with a mean in place of sums."""
     monkeypatch.setattr(bench, "VOCAB", 300)
     monkeypatch.setattr(device, "failed", [])
     device.exact("cpu")
