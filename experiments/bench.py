@@ -31,7 +31,7 @@ import train
 from experiments import shared_row
 from model import GPT, GPTConfig
 
-BETA, LR, BATCH, VOCAB = 0.1, 1e-5, 8, 50257
+BETA, LR, BATCH, MICRO, VOCAB = 0.1, 1e-5, 8, 8, 50257  # MICRO: pairs at a time
 GROWTH = [(16, 32, 8), (64, 32, 8), (256, 32, 8), (512, 32, 8),  # tokens of prompt, of responses,
           (64, 8, 8), (64, 128, 8), (64, 32, 2), (64, 32, 32)]  # pairs a batch  # fmt: skip
 LOSS_STEPS, ROUNDS, TRL_STEPS = 10, 5, 60  # the first ten, whose losses are shown, warm up as well
@@ -60,7 +60,7 @@ def made_up(n, prompt=None, response=None):
 
 def settings(batch, dtype="float32"):
     flags = f"--data - --beta {BETA} --warmup-steps 0 --no-decay --dtype {dtype} --device {DEVICE}"
-    return train.parse_args(f"{flags} --batch-size {batch} --micro-batch-size {batch}".split())
+    return train.parse_args(f"{flags} --batch-size {batch} --micro-batch-size {MICRO}".split())
 
 
 def ours(rows, folder, batch, dtype="float32", compiled=False):
@@ -81,8 +81,9 @@ def shared(rows, folder, batch):
     optimizer = train.OPTIMIZERS["adamw"](model.parameters(), LR)
     ref = train.all_logps(model, rows, args)
     for _, _, _, ids in train.schedule(rows, 10**6, LR, args):
-        logps = shared_row.response_logps(model, shared_row.collate(rows, ids).to(DEVICE))
-        yield update(model, optimizer, *logps, *ref[:, ids])
+        yield update(model, optimizer, (
+            (*shared_row.response_logps(model, shared_row.collate(rows, part).to(DEVICE)),
+             *ref[:, part]) for part in ids.split(MICRO)), len(ids))  # fmt: skip
 
 
 def authors(rows, folder, batch):
@@ -96,18 +97,28 @@ def authors(rows, folder, batch):
 
     for _, _, _, pair_ids in train.schedule(rows, 10**6, LR, settings(batch)):
         ids, mask = (tensor.to(DEVICE) for tensor in data.collate(rows, pair_ids.tolist()))
-        with torch.no_grad():
-            ref = logps(reference, ids, mask)
-        yield update(policy, optimizer, *logps(policy, ids, mask), *ref)
+
+        def four(part):  # of a batch that is padded first, then cut
+            both = torch.cat([part, part + len(pair_ids)])
+            with torch.no_grad():
+                ref = logps(reference, ids[both], mask[both])
+            return *logps(policy, ids[both], mask[both]), *ref
+
+        parts = torch.arange(len(pair_ids)).split(MICRO)
+        yield update(policy, optimizer, map(four, parts), len(pair_ids))
 
 
-def update(model, optimizer, *logps):
-    loss = dpo.dpo_loss(*logps, beta=BETA).losses.mean()
+def update(model, optimizer, parts, n):
+    """parts: the four log-probs of some pairs, n in all, computed when they are asked for."""
     optimizer.zero_grad()
-    loss.backward()
+    total = 0.0
+    for logps in parts:
+        loss = dpo.dpo_loss(*logps, beta=BETA).losses.sum() / n
+        loss.backward()
+        total += loss.detach()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    return loss.detach()
+    return total
 
 
 def trl(rows, folder, batch, precompute=False):
@@ -117,8 +128,8 @@ def trl(rows, folder, batch, precompute=False):
     picked = [rows[i] for _ in range(TRL_STEPS) for i in next(order)[-1]]
     config = dict(
         beta=BETA, learning_rate=LR, adam_beta2=0.95, max_steps=TRL_STEPS, max_grad_norm=1.0,
-        per_device_train_batch_size=batch, precompute_ref_log_probs=precompute,
-        use_cpu=DEVICE == "cpu",
+        per_device_train_batch_size=min(batch, MICRO), precompute_ref_log_probs=precompute,
+        gradient_accumulation_steps=max(1, batch // MICRO), use_cpu=DEVICE == "cpu",
     )  # fmt: skip
     return bench_trl.trl(picked, folder, VOCAB, config)
 
@@ -165,11 +176,8 @@ def peak():
     """The most memory so far, in bytes: of the GPU's, else of this process."""
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated()
-    if DEVICE == "mps":
-        return torch.mps.driver_allocated_memory()  # cached, so about the peak
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    kilo = 1 if sys.platform == "darwin" else 1024
+    return kilo * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def race(names, rows, folder, steps, batch=BATCH, first=LOSS_STEPS, rounds=ROUNDS):
@@ -234,6 +242,7 @@ def main():
     most = range(1, 1 + (TRL_STEPS - LOSS_STEPS) // ROUNDS)  # TRL is told beforehand when to end
     parser.add_argument("--steps", type=int, default=5, choices=most, help="steps of a turn")
     parser.add_argument("--only", default=list(CONTENDERS), nargs="+", choices=CONTENDERS)
+    parser.add_argument("--batch", type=int, default=BATCH, help="pairs a step, 8 at a time")
     parser.add_argument("--grow", action="store_true", help="the table of growth instead")
     parser.add_argument("--check", action="store_true", help="experiments/device.py instead")
     args = parser.parse_args()
@@ -244,7 +253,7 @@ def main():
     rows = made_up(8 * 125)
     if args.data:
         rows = data.encode_pairs(data.load_pairs(args.data), data.get_tokenizer("gpt2"), 1024)
-    names = [name for name in args.only if has_trl() or "TRL" not in name]
+    names = [name for name in args.only if importlib.util.find_spec("trl") or "TRL" not in name]
     if len(names) < len(args.only):
         print("TRL is not installed: pip install -r tests/peers/requirements.txt")
     where = f"{torch.get_num_threads()} threads, {DEVICE}, torch {torch.__version__}"
@@ -254,12 +263,8 @@ def main():
         GPT(config).save_pretrained(folder)
         if args.grow:
             return grow(folder)
-        found, speed = race(names, rows, folder, args.steps)
-    show(found, speed, useful_flops(rows, config))
-
-
-def has_trl():
-    return bool(importlib.util.find_spec("trl"))
+        found, speed = race(names, rows, folder, args.steps, args.batch)
+    show(found, speed, useful_flops(rows, config, args.batch), args.batch)
 
 
 def grow(folder):
@@ -281,10 +286,8 @@ def show(found, speed, flops, batch=BATCH):
     for name, (seconds, _, peaks) in found.items():
         middle = statistics.median(seconds)
         ratios = [their / our for their, our in zip(seconds, base)]
-        cells = [
-            f"{middle:.3f} ({min(seconds):.3f} to {max(seconds):.3f})",
-            f"{batch / middle:.2f}",
-        ]
+        cells = [f"{middle:.3f} ({min(seconds):.3f} to {max(seconds):.3f})"]
+        cells += [f"{batch / middle:.2f}"]
         cells += [f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
         cells += [f"{peaks[-1] / 1e9:.2f}", f"{flops / middle / speed:.0%}"]
         print(f"| {name} |", " | ".join(cells), "|")

@@ -36,8 +36,9 @@ def trl(rows, folder, vocab, config):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
         def training_step(self, *args, **kwargs):
-            self.last_loss = super().training_step(*args, **kwargs)
-            return self.last_loss
+            loss = super().training_step(*args, **kwargs)
+            self.parts.append(loss)  # each is divided by the number of parts already
+            return loss
 
     config = DPOConfig(
         output_dir=str(Path(folder) / "trl"), lr_scheduler_type="constant", bf16=False,
@@ -45,6 +46,7 @@ def trl(rows, folder, vocab, config):
     )  # fmt: skip
     trainer = InOrder(models[0], models[1], config, None, datasets.Dataset.from_list(texts),
                       processing_class=tokenizer)  # fmt: skip
+    trainer.parts = []
     yield from steps_of(trainer)
 
 
@@ -64,4 +66,5 @@ def steps_of(trainer):
     while True:
         go.release()
         done.acquire()
-        yield trainer.last_loss.detach()
+        yield sum(trainer.parts).detach()
+        trainer.parts.clear()

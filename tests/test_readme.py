@@ -48,7 +48,7 @@ def test_flags_and_names(root, texts, capsys):
         train.parse_args(["--help"])
     flags = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) | {"--help"}
     flags |= {"--quick", "--generated", "--nproc_per_node"}  # not of train.py
-    flags |= {"--steps", "--shape", "--grow", "--scale", "--check"}  # of experiments.bench
+    flags |= {"--steps", "--shape", "--batch", "--grow", "--scale", "--check"}  # of the bench
     for folder, text in texts.items():
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text)) <= flags
         named = re.findall(r"`((?:\w+/)*\w+\.(?:py|ipynb|txt|md))`", text)
