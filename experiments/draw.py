@@ -26,7 +26,6 @@ def start():
 
 def table(head, *rows, digits=2):
     """Print rows of words and numbers under their heads, in columns as wide as they need."""
-
     texts = [[f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell) for cell in row]
              for row in (head, *rows)]  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*texts)]
