@@ -3,7 +3,7 @@
 text pair -> token ids -> two padded rows and a mask -> dpo.response_logps -> log-probs -> loss.
 B pairs, R rows, T positions; in the toy world P prompts, W words, Y responses to each prompt.
 
-    python data.py pairs.jsonl [tokenizer]    shows the tokens of the first pair, [scored] or not
+    python data.py pairs.jsonl    prints the tokens of the first pair, the scored ones in brackets
 """
 
 import itertools
@@ -25,7 +25,7 @@ ROLES = {"system": "\n\nSystem:", "user": "\n\nHuman:", "assistant": "\n\nAssist
 
 
 class InputError(ValueError):
-    """A mistake in the user's input: one line that says where it is and what to do."""
+    """Raised for bad user input. The message is one line: what is wrong where, and what to do."""
 
 
 class Pair(NamedTuple):
@@ -36,190 +36,286 @@ class Pair(NamedTuple):
     rejected: str
 
 
-def load_pairs(path):
-    """A file of JSON lines -> list of Pair. A line holds `prompt`, `chosen` and `rejected`, or two
-    whole dialogues and no prompt. Each is a text or a list of messages with `role` and `content`.
+# Text
 
-    Lines without two different responses to one prompt are dropped. Warnings count these and what
-    looks odd. InputError if a line is not JSON or no pair is left, OSError if there is no file.
+
+def load_pairs(path):
+    """A file of JSON lines -> list of Pair.
+
+    A line is a JSON object with `prompt`, `chosen` and `rejected`, or without `prompt` if the other
+    two are whole dialogues. Each is a string, or a list of messages with `role` and `content`.
+    Lines without two different responses to one prompt are dropped. One warning counts them,
+    further warnings count pairs that look odd. InputError if a line is not JSON or no pair is left,
+    OSError if there is no file.
     """
-    pairs, dropped, record = [], [], {}
-    with open(path, "rb") as file:  # as bytes: text that is not UTF-8 is then an error of its line
+    pairs = []
+    dropped = []
+    with open(path, "rb") as file:  # as bytes, so that bad UTF-8 is an error of its line
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-                pair = to_pair(record)
             except (ValueError, RecursionError) as error:
-                why = f"not a line of JSON ({error}); save it as UTF-8, one object a line"
+                why = f"not a line of JSON ({error}); save it as UTF-8, one object per line"
                 raise InputError(f"{path}:{number}: {why}") from None
-            except (AttributeError, KeyError, TypeError):  # some other form
-                pair = None
-            (pairs if pair else dropped).append(pair or number)
-    needs = 'two different responses to one prompt, as texts, or after the same last "Assistant:"'
+            try:
+                pairs.append(to_pair(record))
+            except InputError as reason:  # this line is skipped, other lines may be fine
+                dropped.append(f"line {number}: {reason}")
     if not pairs:
-        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise InputError(f"{path}: no line has {needs}; found: {found or 'nothing'}")
-    texts = [(prompt, response) for prompt, *both in pairs for response in both]
-    odd = {
-        f"lines dropped, the first is {min(dropped, default=0)}, without {needs}": len(dropped),
-        "pairs that repeat an earlier pair": len(pairs) - len(set(pairs)),
-        "responses that repeat their prompt": sum(y.startswith(x) for x, y in texts),
-        "end tokens spelled as text": sum(y.rstrip().endswith(("|>", "</s>")) for _, y in texts),
-    }
-    for what in filter(odd.get, odd):
-        warnings.warn(f"{path}: {what}: {odd[what]}", stacklevel=2)
+        reason = dropped[0] if dropped else "the file is empty"
+        raise InputError(f"{path}: no line has two different responses to one prompt; {reason}")
+    if dropped:
+        warnings.warn(f"{path}: lines dropped: {len(dropped)}; the first is {dropped[0]}")
+    warn_of_odd_pairs(path, pairs)
     return pairs
 
 
 def to_pair(record):
-    """A line in any form -> Pair; None, or a KeyError or the like, if it holds none. Messages are
-    written as dialogues in Anthropic's form (HH), whose prompt ends in the last "Assistant:" that
-    both share. If more than a response follows, there is no pair."""
-    prompt, *both = [record.get(field) or "" for field in Pair._fields]
-    if list in map(type, (prompt, *both)):
-        prompt, *both = map(as_dialogue, (prompt, *both), ("user", "assistant", "assistant"))
-        prompt, both = "", both if all(prompt in y for y in both) else [prompt + y for y in both]
-    if not prompt:
-        both = [text.replace("\r\n", "\n") for text in both]
-        prompt = "".join(commonprefix(both).rpartition(ROLES["assistant"])[:2])
-        both = [text.removeprefix(prompt) for text in both]
-        if any(re.search("\n\n(Human|Assistant):", text) for text in both):
-            return None
-    pair = Pair(prompt, *both)
-    return pair if all(map(str.strip, pair)) and pair.chosen != pair.rejected else None
+    """One line that `load_pairs` has parsed -> Pair. InputError, with the reason, if it is none."""
+    if not isinstance(record, dict):
+        raise InputError("it is not a JSON object")
+    prompt = record.get("prompt") or ""  # absent, null and [] count as empty
+    chosen = record.get("chosen") or ""
+    rejected = record.get("rejected") or ""
+    for part in (prompt, chosen, rejected):
+        if not isinstance(part, (str, list)):
+            raise InputError(f"{part!r:.40} is neither a text nor a list of messages")
+    if isinstance(prompt, list) or isinstance(chosen, list) or isinstance(rejected, list):
+        chosen, rejected = whole_dialogues(prompt, chosen, rejected)
+        prompt = ""
+    if prompt:
+        pair = Pair(prompt, chosen, rejected)
+    else:
+        pair = split_dialogues(chosen, rejected)
+    for name, text in pair._asdict().items():
+        if not text.strip():
+            raise InputError(f"its {name} is empty; its fields are {list(record)}")
+    if pair.chosen == pair.rejected:
+        raise InputError("its two responses are the same")
+    return pair
 
 
-def as_dialogue(turns, role):
-    """Messages, or a text that `role` wrote, as a dialogue in Anthropic's form."""
-    if isinstance(turns, str):
-        turns = [{"role": role, "content": turns}] * bool(turns)
-    return "".join(f"{ROLES[turn['role']]} " + turn["content"] for turn in turns)
+def whole_dialogues(prompt, chosen, rejected):
+    """Strings and lists of messages -> two whole dialogues as strings, both with the prompt."""
+    prompt = as_dialogue(prompt, "user")
+    chosen = as_dialogue(chosen, "assistant")
+    rejected = as_dialogue(rejected, "assistant")
+    if prompt in chosen and prompt in rejected:  # they repeat it
+        return chosen, rejected
+    return prompt + chosen, prompt + rejected
+
+
+def as_dialogue(messages, author):
+    """Messages, or a string by `author`, as one string in the form of Anthropic's HH dialogues."""
+    if messages == "":
+        return ""
+    if isinstance(messages, str):
+        messages = [{"role": author, "content": messages}]
+    dialogue = ""
+    for message in messages:
+        if not isinstance(message, dict):
+            raise InputError("a message is not an object with role and content")
+        role = message.get("role")
+        content = message.get("content")
+        if role not in list(ROLES):
+            raise InputError(f"a message has the role {role!r}, not {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise InputError("the content of a message is not a text")
+        dialogue += f"{ROLES[role]} {content}"
+    return dialogue
+
+
+def split_dialogues(chosen, rejected):
+    """Two whole dialogues -> Pair. The prompt is what they share, up to its last "Assistant:"."""
+    chosen = chosen.replace("\r\n", "\n")
+    rejected = rejected.replace("\r\n", "\n")
+    shared = commonprefix([chosen, rejected])
+    before, assistant, _ = shared.rpartition(ROLES["assistant"])
+    prompt = before + assistant  # empty if there is no "Assistant:"
+    chosen = chosen.removeprefix(prompt)
+    rejected = rejected.removeprefix(prompt)
+    another_turn = "\n\n(Human|Assistant):"
+    if re.search(another_turn, chosen) or re.search(another_turn, rejected):
+        raise InputError("its two dialogues differ in more than their last response")
+    return Pair(prompt, chosen, rejected)
+
+
+def warn_of_odd_pairs(path, pairs):
+    repeated_pairs = len(pairs) - len(set(pairs))
+    repeated_prompts = 0
+    end_tokens = 0
+    for pair in pairs:
+        for response in (pair.chosen, pair.rejected):
+            if response.startswith(pair.prompt):
+                repeated_prompts += 1
+            if response.rstrip().endswith(("|>", "</s>")):  # such as <|im_end|>
+                end_tokens += 1
+    if repeated_pairs:
+        warnings.warn(f"{path}: pairs that repeat an earlier pair: {repeated_pairs}")
+    if repeated_prompts:
+        warnings.warn(f"{path}: responses that repeat their prompt: {repeated_prompts}")
+    if end_tokens:
+        warnings.warn(f"{path}: end tokens spelled as text: {end_tokens}")
 
 
 # Text -> token ids
 
 
 def get_tokenizer(name):
-    """A tiktoken.Encoding: "bytes" (any text, no download) or one of tiktoken's own, which are
-    downloaded once. InputError if there is no such tokenizer or no download.
+    """A tiktoken.Encoding: "bytes" (any text, no download) or one of tiktoken's own.
+
+    tiktoken downloads a tokenizer once. InputError if there is none of this name or no download.
     """
-    if name == "bytes":  # nothing to merge: every token is a byte
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        end = {END: 256}
-        return tiktoken.Encoding(name, pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens=end)
+    if name == "bytes":  # a BPE without merges: every token is a byte
+        return tiktoken.Encoding(
+            name,
+            pat_str="(?s:.)",
+            mergeable_ranks={bytes([byte]): byte for byte in range(256)},
+            special_tokens={END: 256},
+        )
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # whatever its download library raises
         known = ", ".join(["bytes", *tiktoken.list_encoding_names()])
-        why = f"not one of {known}, or its download failed ({type(error).__name__})"
-        help = "without a network use bytes, or copy the folder TIKTOKEN_CACHE_DIR from elsewhere"
-        raise InputError(f"tokenizer {name}: {why}; {help}") from None
+        raise InputError(
+            f"tokenizer {name}: not one of {known}, or its download failed "
+            f"({type(error).__name__}); without a network use bytes, or point "
+            f"TIKTOKEN_CACHE_DIR to a folder that holds its files"
+        ) from None
 
 
 class TokenPair(NamedTuple):
-    """Token ids of a Pair. SFT's have an empty `rejected`."""
+    """Token ids of a Pair. In SFT `rejected` is empty."""
 
     prompt: list
     chosen: list
     rejected: list
+    text: str = ""  # the prompt before it was cut, by which `split` groups the pairs
 
 
 def encode_pairs(pairs, tokenizer, block_size):
-    """Pairs -> list of TokenPair. Prompt and responses are encoded separately, so that no token
-    straddles their boundary. Responses end in the end token, so that the policy learns to stop.
+    """Pairs -> list of TokenPair.
+
+    Prompt and responses are encoded separately, so that no token straddles their boundary. Every
+    response ends in the end token, so that the policy learns to stop.
 
     A prompt is cut on the left until it fits into the block beside the longer response. A pair is
-    dropped if its prompt is empty or a response fills the block. Warnings count both. InputError if
-    no pair is left.
+    dropped if its prompt is empty or a response fills the block. One warning counts the cut
+    prompts, another the dropped pairs. InputError if no pair is left.
     """
-    rows, cut, dropped = [], 0, 0
+    rows = []
+    cut = 0
+    dropped = 0
     for pair in pairs:
-        prompt, *responses = [tokenizer.encode_ordinary(text) for text in pair]
-        chosen, rejected = [ids + [tokenizer.eot_token] for ids in responses]
+        prompt = tokenizer.encode_ordinary(pair.prompt)
+        chosen = tokenizer.encode_ordinary(pair.chosen) + [tokenizer.eot_token]
+        rejected = tokenizer.encode_ordinary(pair.rejected) + [tokenizer.eot_token]
         room = block_size - max(len(chosen), len(rejected))
-        if room < 1 or not prompt:  # the prompt's last token predicts the first of the response
-            dropped += 1
+        if room < 1 or not prompt:
+            dropped += 1  # one token of the prompt must remain, to predict the first of a response
             continue
-        cut += len(prompt) > room
-        rows.append(TokenPair(prompt[-room:], chosen, rejected))
+        if len(prompt) > room:
+            cut += 1
+        rows.append(TokenPair(prompt[-room:], chosen, rejected, pair.prompt))
     if cut:
-        warnings.warn(f"prompts cut on the left to fit {block_size} tokens: {cut}", stacklevel=2)
+        warnings.warn(f"prompts cut on the left to fit {block_size} tokens: {cut}")
     if dropped:
-        warnings.warn(f"pairs dropped, too long for {block_size} tokens: {dropped}", stacklevel=2)
+        warnings.warn(f"pairs dropped, too long for {block_size} tokens: {dropped}")
     if not rows:
-        raise InputError(f"no pair fits into {block_size} tokens: raise --block-size")
+        raise InputError(f"no pair fits into {block_size} tokens: use a larger --block-size")
     return rows
 
 
 def show(path, name="bytes"):
-    """Print the first pair of a file as two rows of tokens, those that are scored in brackets."""
+    """Print the tokens of a file's first pair, as they are batched, the scored ones in brackets."""
     tokenizer = get_tokenizer(name)
-    ids, mask = collate(encode_pairs(load_pairs(path), tokenizer, block_size=1024), [0])
-    for side, row, scored in zip(("chosen", "rejected"), ids.tolist(), mask.tolist()):
-        tokens = [repr(tokenizer.decode([token])) for token in row]
-        end = len(row) - scored[::-1].index(True)
-        shown = [f"[{token}]" if s else token for token, s in zip(tokens[:end], scored)]
-        print(f"{side}:", *shown, f"and {len(row) - end} of padding\n")
+    pairs = load_pairs(path)
+    rows = encode_pairs(pairs, tokenizer, block_size=1024)
+    ids, mask = collate(rows, [0])
+    for i, label in enumerate(["chosen", "rejected"]):
+        length = len(rows[0].prompt) + int(mask[i].sum())
+        shown = []
+        for token, is_scored in zip(ids[i, :length].tolist(), mask[i].tolist()):
+            text = repr(tokenizer.decode([token]))
+            shown.append(f"[{text}]" if is_scored else text)
+        padding = len(ids[i]) - length
+        print(f"{label}:", *shown, f"and {padding} of padding\n")
 
 
 # Token ids -> batches
 
 
-def split(pairs, fraction, generator):
-    """Pairs -> (to train on, held out). A prompt is on one side only, with all its pairs.
+def split(rows, fraction, generator):
+    """TokenPairs -> (to train on, held out). A prompt is on one side only, with all its pairs.
 
-    `fraction` of the prompts is held out, rounded up, but at least one prompt is left to train on.
-    A warning says if that leaves no pair to hold out, or less than half of the pairs to train on.
+    Prompts that differ only in case or white space count as one. `fraction` of them is held out,
+    rounded up, but at least one is left to train on. Warns if nothing is held out though it should
+    be, and if more is held out than trained on.
     """
-    prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
-    n = min(math.ceil(fraction * len(prompts)), len(prompts) - 1)
+    keys = ["".join(row.text.split()).casefold() for row in rows]
+    prompts = list(dict.fromkeys(keys))  # each once, in their order
+    n_held_out = min(math.ceil(fraction * len(prompts)), len(prompts) - 1)
     order = torch.randperm(len(prompts), generator=generator).tolist()
-    held_out = {prompts[i] for i in order[:n]}
-    sides = [], []
-    for pair in pairs:
-        sides[pair.prompt in held_out].append(pair)
-    if fraction > 0 and not 0 < len(sides[1]) <= len(sides[0]):
-        warnings.warn(f"{len(prompts)} prompts: {len(sides[1])} of {len(pairs)} pairs are held out")
-    return sides
+    held_out_prompts = {prompts[i] for i in order[:n_held_out]}
+    train = []
+    held_out = []
+    for row, key in zip(rows, keys):
+        if key in held_out_prompts:
+            held_out.append(row)
+        else:
+            train.append(row)
+    if fraction > 0 and not held_out:
+        warnings.warn("there is only one prompt, so no pair is held out")
+    if len(held_out) > len(train):
+        warnings.warn(f"{len(held_out)} of {len(rows)} pairs are held out, more than half")
+    return train, held_out
 
 
 def batches(rows, batch_size, generator):
-    """Endless batches of indices, (batch_size,). Every epoch is shuffled anew, and what is left
-    over at its end starts the next. Within a batch, rows of similar length are neighbours.
+    """Endless batches of indices into `rows`, (batch_size,).
+
+    Each epoch is shuffled anew. A batch may begin in one epoch and end in the next. Within a batch,
+    rows of similar length are neighbours.
     """
-    lengths = torch.tensor([sum(map(len, row)) for row in rows])
-    left = torch.empty(0, dtype=torch.long)
+    lengths = [len(row.prompt) + len(row.chosen) + len(row.rejected) for row in rows]
+    lengths = torch.tensor(lengths)
+    waiting = torch.empty(0, dtype=torch.long)
     while True:
-        while len(left) < batch_size:
-            left = torch.cat([left, torch.randperm(len(rows), generator=generator)])
-        batch, left = left[:batch_size], left[batch_size:]
-        yield batch[lengths[batch].argsort(stable=True)]  # so micro-batches hold little padding
+        while len(waiting) < batch_size:
+            epoch = torch.randperm(len(rows), generator=generator)
+            waiting = torch.cat([waiting, epoch])
+        batch = waiting[:batch_size]
+        waiting = waiting[batch_size:]
+        by_length = lengths[batch].argsort(stable=True)
+        yield batch[by_length]  # its micro-batches need little padding
 
 
 def collate(rows, pair_ids):
-    """The TokenPairs rows[i] for i in pair_ids -> (ids, mask), (R, T) each, padded on the right.
+    """The pairs rows[i] for i in pair_ids as a batch: ids and mask (R, T), padded on the right.
 
-    All chosen rows come first, then all rejected rows: R = 2B, or B without rejected responses.
+    All chosen responses come first, then all rejected ones: R = 2B, or B if there are none.
     `mask` is True at the tokens of the response. Attention needs no mask: it is causal, so it never
     looks at padding on the right.
     """
     pairs = [rows[i] for i in pair_ids]
-    texts = [(pair.prompt, pair.chosen) for pair in pairs]
-    texts += [(pair.prompt, pair.rejected) for pair in pairs if pair.rejected]
-    start = torch.tensor([len(x) for x, _ in texts])[:, None]
-    end = torch.tensor([len(x) + len(y) for x, y in texts])[:, None]
-    place = torch.arange(int(end.max()))  # (T,)
-    ids = torch.zeros(len(texts), len(place), dtype=torch.long)
-    ids[place < end] = torch.tensor([token for x, y in texts for token in x + y])  # row by row
-    return ids, (start <= place) & (place < end)
+    sequences = [(pair.prompt, pair.chosen) for pair in pairs]
+    sequences += [(pair.prompt, pair.rejected) for pair in pairs if pair.rejected]
+    T = max(len(prompt) + len(response) for prompt, response in sequences)
+    ids = []
+    mask = []
+    for prompt, response in sequences:
+        padding = T - len(prompt) - len(response)
+        ids.append(prompt + response + [0] * padding)
+        mask.append([False] * len(prompt) + [True] * len(response) + [False] * padding)
+    return torch.tensor(ids), torch.tensor(mask)
 
 
 # The toy world
 
 NOUNS = ["film", "hotel"]
-# What an opinion is worth of a film, of a hotel
+# The value of each opinion: (of a film, of a hotel)
 OPINIONS = {"good": (2.0, 2.0), "dull": (-2.0, -1.0), "quiet": (-0.5, 1.5), "funny": (1.5, -0.5)}
 DEGREES = {"not": -1.0, "very": 1.5}
 
@@ -230,15 +326,14 @@ class Drawn(NamedTuple):
     prompt: torch.Tensor
     chosen: torch.Tensor
     rejected: torch.Tensor
-    p: torch.Tensor  # P(chosen beats rejected) by Eq. 1 for soft labels, else 1
 
 
 class ToyWorld:
     """Reviews in a language so small that every response is listed: " The film was" " not dull".
 
     Up to K = 3 of the W = 10 words make a response, nonsense included, so each of the P = 2 prompts
-    has Y = 1 + 10 + 100 + 1000 = 1,111. A response of fewer than K words ends in the end token; one
-    of K words does not.
+    has Y = 1 + 10 + 100 + 1000 = 1,111. A response of fewer than K words ends in the end token. One
+    of K words needs none: nothing can follow it.
 
     prompts: P texts; responses: Y texts; prompt_ids, response_ids: their tokens; grammatical (Y,):
     True for sentences of the corpus without slips; rewards: the true r*, (P, Y) float64.
@@ -249,102 +344,139 @@ class ToyWorld:
     def __init__(self):
         words = ["The", "was", *NOUNS, *OPINIONS, *DEGREES]
         self.W = len(words)  # token ids 0 .. W-1 are words, W is the end token
-        ranks, end = {f" {word}".encode(): rank for rank, word in enumerate(words)}, {END: self.W}
         self.tokenizer = tiktoken.Encoding(  # a token is a word with the space before it
-            "toy", pat_str=r" \S+", mergeable_ranks=ranks, special_tokens=end
+            "toy",
+            pat_str=r" \S+",
+            mergeable_ranks={f" {word}".encode(): token for token, word in enumerate(words)},
+            special_tokens={END: self.W},
         )
         self.prompts = [f" The {noun} was" for noun in NOUNS]
         self.prompt_ids = torch.tensor([self.tokenizer.encode_ordinary(x) for x in self.prompts])
-        listed = [y for n in range(self.K + 1) for y in itertools.product(range(self.W), repeat=n)]
-        self.responses = [self.tokenizer.decode(y) for y in listed]
-        self.response_ids = [[*y, self.W][: self.K] for y in listed]
+        self.responses = []
+        self.response_ids = []
+        for length in range(self.K + 1):
+            for ids in itertools.product(range(self.W), repeat=length):
+                self.responses.append(self.tokenizer.decode(ids))
+                end = [self.W] if length < self.K else []
+                self.response_ids.append([*ids, *end])
         grammar = f"( not)?( very)?( {'| '.join(OPINIONS)})"
         self.grammatical = torch.tensor([bool(re.fullmatch(grammar, y)) for y in self.responses])
         rewards = [[self.reward(x, y) for y in self.responses] for x in self.prompts]
         self.rewards = torch.tensor(rewards, dtype=torch.float64)
 
     def reward(self, prompt, response):
-        """r*(x, y): the mean of the opinions in y, so that length does not decide; 0 without any.
-        Degrees multiply the next opinion, and opinions depend on the noun: r* is no sum over words.
+        """r*(x, y): the mean of the opinions in y, so that longer is not better; 0 if none.
+
+        Degrees multiply the opinion that follows them. What an opinion is worth depends on the
+        noun. So r* is not a sum over words.
         """
         noun = NOUNS.index(prompt.split()[1])
-        opinions, degree = [], 1.0
+        opinions = []
+        degree = 1.0
         for word in response.split():
-            if word in OPINIONS:
+            if word in DEGREES:
+                degree *= DEGREES[word]
+            elif word in OPINIONS:
                 opinions.append(degree * OPINIONS[word][noun])
-            degree = degree * DEGREES[word] if word in DEGREES else 1.0
-        return sum(opinions) / max(len(opinions), 1)
+                degree = 1.0
+            else:
+                degree = 1.0
+        if not opinions:
+            return 0.0
+        return sum(opinions) / len(opinions)
 
     def corpus(self, generator, n=20_000, slip=0.2):
         """n sentences for SFT, as TokenPairs without a rejected response: [not] [very] opinion.
-        A fraction `slip` of the tokens is replaced by any of the W + 1. Without slips the reference
-        would cover too little of its space for Eq. 7 to find the optimum.
+
+        A fraction `slip` of the tokens is replaced by a random one of the W + 1. Without slips the
+        reference would give most responses almost no probability. They would hardly ever be drawn
+        into a pair, so DPO could learn nothing about them.
         """
-        sentences = itertools.compress(self.response_ids, self.grammatical)
-        sentences = torch.tensor([(ids + [self.W] * self.K)[: self.K] for ids in sentences])
-        tokens = sentences[torch.randint(len(sentences), (n,), generator=generator)]
+        padded = []  # with the end token, to K tokens
+        for ids, grammatical in zip(self.response_ids, self.grammatical):
+            if grammatical:
+                padded.append(ids + [self.W] * (self.K - len(ids)))
+        sentences = torch.tensor(padded)
+        tokens = sentences[torch.randint(len(sentences), (n,), generator=generator)]  # (n, K)
         slips = torch.rand(n, self.K, generator=generator) < slip
-        slip_to = torch.randint(self.W + 1, (n, self.K), generator=generator)
-        tokens = torch.where(slips, slip_to, tokens).tolist()
-        responses = [y[: (y + [self.W]).index(self.W) + 1] for y in tokens]  # cut after the end
+        any_token = torch.randint(self.W + 1, (n, self.K), generator=generator)
+        tokens = torch.where(slips, any_token, tokens)
+
+        rows = []
         prompts = itertools.cycle(self.prompt_ids.tolist())
-        return [TokenPair(x, y, []) for x, y in zip(prompts, responses)]
+        for prompt, response in zip(prompts, tokens.tolist()):
+            if self.W in response:  # cut it after its first end token
+                response = response[: response.index(self.W) + 1]
+            rows.append(TokenPair(prompt, response, rejected=[]))
+        return rows
 
-    def draw_pairs(self, logps, n, labels, generator):
-        """n preferences between two responses drawn from the policy with these logps (P, Y).
+    def draw_pairs(self, logps, n, generator):
+        """n preferences between two responses, drawn from the policy with these logps (P, Y).
 
-        labels: "hard" draws the winner by Bradley-Terry (Eq. 1) on r*; "soft" keeps that
-        probability as p; "deterministic" lets the higher reward win. Equal responses are kept.
+        The winner is drawn by Bradley-Terry (Eq. 1) on r*. The two responses may be equal.
         """
         prompt = torch.randint(len(self.prompts), (n,), generator=generator)
-        both = logps.exp().multinomial(2 * n, replacement=True, generator=generator)  # (P, 2n)
-        first, second = both.view(-1, 2, n)[prompt, :, torch.arange(n)].T
-        rewards = self.rewards[prompt, first], self.rewards[prompt, second]
-        p = dpo.bradley_terry(*rewards)  # (1)
-        coin = torch.rand(n, generator=generator)
-        first_wins = {"hard": coin <= p, "soft": coin <= 1, "deterministic": p >= 0.5}[labels]
+        # (P, 2n): for each pair two responses to every prompt. Those to its own prompt are kept.
+        drawn = logps.exp().multinomial(2 * n, replacement=True, generator=generator)
+        i = torch.arange(n)
+        first = drawn[prompt, i]
+        second = drawn[prompt, n + i]
+        p = dpo.bradley_terry(self.rewards[prompt, first], self.rewards[prompt, second])  # Eq. 1
+        first_wins = torch.rand(n, generator=generator) < p
         chosen = torch.where(first_wins, first, second)
         rejected = torch.where(first_wins, second, first)
-        return Drawn(prompt, chosen, rejected, p if labels == "soft" else torch.ones_like(p))
+        return Drawn(prompt, chosen, rejected)
 
     def rows(self, drawn):
         """Drawn preferences as a list of TokenPair."""
-        x, y = self.prompt_ids.tolist(), self.response_ids
-        drawn = zip(*(column.tolist() for column in drawn[:3]))
-        return [TokenPair(x[prompt], y[chosen], y[rejected]) for prompt, chosen, rejected in drawn]
+        prompts = self.prompt_ids.tolist()
+        responses = self.response_ids
+        rows = []
+        for x, w, l in zip(drawn.prompt.tolist(), drawn.chosen.tolist(), drawn.rejected.tolist()):
+            rows.append(TokenPair(prompts[x], responses[w], responses[l]))
+        return rows
 
     @torch.no_grad()
     def logps(self, model):
         """log pi(y|x) of every response to every prompt under the model: (P, Y) float64."""
-        listed = itertools.product(self.prompt_ids.tolist(), self.response_ids)
-        rows = [TokenPair(prompt, response, []) for prompt, response in listed]
+        rows = []
+        for prompt in self.prompt_ids.tolist():
+            for response in self.response_ids:
+                rows.append(TokenPair(prompt, response, rejected=[]))
         ids, mask = collate(rows, range(len(rows)))
         logps = dpo.response_logps(model, ids.to(model.device), mask)
-        return logps.cpu().double().view(self.rewards.shape).log_softmax(-1)  # a sum of 1, exactly
+        logps = logps.cpu().double().view(self.rewards.shape)
+        # Normalised again: the probabilities of a float32 model sum to 1 only to about 1e-7.
+        return logps - logps.logsumexp(-1, keepdim=True)
 
     def measure(self, logps, ref_logps, beta, prompts=slice(None)):
-        """The exact numbers of a policy, means over `prompts`: two (P, Y) -> a dict of floats.
+        """The exact numbers of a policy, averaged over `prompts`, from two tables of log pi (P, Y).
 
         expected_reward: E[r*]. kl: KL(pi || pi_ref) in nats. objective: J of Eq. 3. kl_to_optimum:
         KL(pi || pi*), with pi* of Eq. 4. gap_closed: 1 - kl_to_optimum / KL(pi_ref || pi*), which
         is also the fraction of J(pi*) - J(pi_ref) that the policy has gained.
         """
-        logps, ref_logps, rewards = logps[prompts], ref_logps[prompts], self.rewards[prompts]
-        best, _ = dpo.optimal_policy(ref_logps, rewards, beta)
-        row = {
-            "expected_reward": (logps.exp() * rewards).sum(-1),
-            "kl": dpo.kl_divergence(logps, ref_logps),
-            "objective": dpo.rlhf_objective(logps, ref_logps, rewards, beta),
-            "kl_to_optimum": dpo.kl_divergence(logps, best),
+        logps = logps[prompts]
+        ref_logps = ref_logps[prompts]
+        rewards = self.rewards[prompts]
+        optimum, _ = dpo.optimal_policy(ref_logps, rewards, beta)
+        kl_to_optimum = dpo.kl_divergence(logps, optimum).mean().item()
+        gap = dpo.kl_divergence(ref_logps, optimum).mean().item()
+        return {
+            "expected_reward": (logps.exp() * rewards).sum(-1).mean().item(),
+            "kl": dpo.kl_divergence(logps, ref_logps).mean().item(),
+            "objective": dpo.rlhf_objective(logps, ref_logps, rewards, beta).mean().item(),
+            "kl_to_optimum": kl_to_optimum,
+            "gap_closed": 1 - kl_to_optimum / max(gap, 1e-12),
         }
-        row = {name: column.mean().item() for name, column in row.items()}
-        gap = dpo.kl_divergence(ref_logps, best).mean().item()
-        return row | {"gap_closed": 1 - row["kl_to_optimum"] / max(gap, 1e-12)}
 
 
 if __name__ == "__main__":
-    getattr(sys.stdout, "reconfigure", lambda **_: None)(errors="replace")  # Jupyter has none
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python data.py pairs.jsonl [tokenizer]")
+    if hasattr(sys.stdout, "reconfigure"):  # Jupyter's has none
+        sys.stdout.reconfigure(errors="replace")
     try:
         show(*sys.argv[1:])
-    except (InputError, OSError, TypeError) as error:
+    except (InputError, OSError) as error:
         sys.exit(f"data.py: {error}")

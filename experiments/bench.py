@@ -2,7 +2,6 @@
 
     python -m experiments.bench [--data pairs.jsonl] [--shape 6,6,384] [--only ours TRL]
     python -m experiments.bench --grow    how the cost grows with prompts, responses and batches
-    python -m experiments.bench --check   experiments/device.py: does it all work on this device?
 
 All have the same GPT-2-shaped weights and the same batches, AdamW at 1e-5, beta 0.1, gradients
 clipped to 1, no dropout. Each contender is a process of its own, for its peak memory; only one
@@ -17,7 +16,6 @@ import multiprocessing
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,8 +25,7 @@ import torch
 
 import data
 import dpo
-import train
-from experiments import shared_row
+from experiments import lab, shared_row
 from model import GPT, GPTConfig
 
 BETA, LR, BATCH, MICRO, VOCAB = 0.1, 1e-5, 8, 8, 50257  # MICRO: pairs at a time
@@ -58,29 +55,30 @@ def made_up(n, prompt=None, response=None):
 # The contenders: each yields the mean loss of every optimiser step, as it was before the step
 
 
-def settings(batch, dtype="float32"):
-    flags = f"--data - --beta {BETA} --warmup-steps 0 --no-decay --dtype {dtype} --device {DEVICE}"
-    return train.parse_args(f"{flags} --batch-size {batch} --micro-batch-size {MICRO}".split())
+def batches(rows, batch):
+    """The same for all contenders: pair ids (B,), without end."""
+    return data.batches(rows, min(batch, len(rows)), torch.Generator().manual_seed(2))
 
 
 def ours(rows, folder, batch, dtype="float32", compiled=False):
-    """train.py's own step: two plain rows a pair, the reference's log-probs computed once."""
-    model, args = GPT.from_pretrained(folder).to(DEVICE), settings(batch, dtype)
-    optimizer = train.OPTIMIZERS["adamw"](model.parameters())
-    ref = train.all_logps(model, rows, args)
+    """train.py's step: two plain rows a pair, the reference's log-probs computed once."""
+    model = GPT.from_pretrained(folder).to(DEVICE)
+    optimizer = lab.adamw(model, LR)
+    ref = lab.all_logps(model, rows, MICRO, dtype)
     if compiled:
         model.compile(dynamic=True)
-    for _, _, lr, ids in train.schedule(rows, 10**6, LR, args):
-        losses, _, _ = train.update(model, optimizer, lr, args, rows, ids, dpo.dpo_loss, ref)
+    settings = {"ref_logps": ref, "beta": BETA, "micro_batch_size": MICRO, "dtype": dtype}
+    for ids in batches(rows, batch):
+        losses, _ = lab.train_step(model, optimizer, rows, ids, **settings)
         yield losses.mean()
 
 
 def shared(rows, folder, batch):
     """Ours, but both responses of a pair share one row and the tokens of its prompt."""
-    model, args = GPT.from_pretrained(folder).to(DEVICE), settings(batch)
-    optimizer = train.OPTIMIZERS["adamw"](model.parameters(), LR)
-    ref = train.all_logps(model, rows, args)
-    for _, _, _, ids in train.schedule(rows, 10**6, LR, args):
+    model = GPT.from_pretrained(folder).to(DEVICE)
+    optimizer = lab.adamw(model, LR)
+    ref = lab.all_logps(model, rows, MICRO)
+    for ids in batches(rows, batch):
         yield update(model, optimizer, (
             (*shared_row.response_logps(model, shared_row.collate(rows, part).to(DEVICE)),
              *ref[:, part]) for part in ids.split(MICRO)), len(ids))  # fmt: skip
@@ -95,7 +93,7 @@ def authors(rows, folder, batch):
         every = model(ids)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
         return torch.where(mask[:, 1:], every, 0).sum(-1).chunk(2)  # chosen rows come first
 
-    for _, _, _, pair_ids in train.schedule(rows, 10**6, LR, settings(batch)):
+    for pair_ids in batches(rows, batch):
         ids, mask = (tensor.to(DEVICE) for tensor in data.collate(rows, pair_ids.tolist()))
 
         def four(part):  # of a batch that is padded first, then cut
@@ -124,8 +122,8 @@ def update(model, optimizer, parts, n):
 def trl(rows, folder, batch, precompute=False):
     from experiments import bench_trl  # it wants trl and transformers
 
-    order = train.schedule(rows, 10**6, LR, settings(batch))
-    picked = [rows[i] for _ in range(TRL_STEPS) for i in next(order)[-1]]
+    order = batches(rows, batch)
+    picked = [rows[i] for _ in range(TRL_STEPS) for i in next(order)]
     config = dict(
         beta=BETA, learning_rate=LR, adam_beta2=0.95, max_steps=TRL_STEPS, max_grad_norm=1.0,
         per_device_train_batch_size=min(batch, MICRO), precompute_ref_log_probs=precompute,
@@ -198,7 +196,7 @@ def race(names, rows, folder, steps, batch=BATCH, first=LOSS_STEPS, rounds=ROUND
             continue
         _, losses, most = answer
         found[name] = [], losses, [most]
-        train.progress(f"{name}: first steps done", False)
+        print(f"{name}: first steps done", file=sys.stderr)
     for _ in range(rounds):
         speeds.append(matrix_speed())
         for name, pipe in pipes.items():
@@ -228,7 +226,7 @@ def useful_flops(rows, config, batch=BATCH):
     times 3 for forward and backward. No padding, no prompt twice, no reference."""
     C, total = config.n_embd, 0
     for row in rows:
-        x, w, l = (len(part) for part in row)
+        x, w, l = len(row.prompt), len(row.chosen), len(row.rejected)
         tokens, scored = x + w + l - 2, w + l
         seen = x * (x + 1) / 2 + sum(x * (y - 1) + y * (y - 1) / 2 for y in (w, l))
         total += config.n_layer * (24 * tokens * C**2 + 4 * seen * C) + 2 * scored * C * VOCAB
@@ -244,10 +242,7 @@ def main():
     parser.add_argument("--only", default=list(CONTENDERS), nargs="+", choices=CONTENDERS)
     parser.add_argument("--batch", type=int, default=BATCH, help="pairs a step, 8 at a time")
     parser.add_argument("--grow", action="store_true", help="the table of growth instead")
-    parser.add_argument("--check", action="store_true", help="experiments/device.py instead")
     args = parser.parse_args()
-    if args.check:
-        sys.exit(subprocess.call([sys.executable, "-m", "experiments.device"]))
     n_layer, n_head, n_embd = map(int, args.shape.split(","))
     config = GPTConfig(VOCAB, 1024, n_embd, n_layer, n_head)
     rows = made_up(8 * 125)

@@ -19,9 +19,10 @@ def trl(rows, folder, vocab, config):
     end = dict(eos_token=str(vocab - 1), pad_token=str(vocab - 1))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **end)
     texts = [  # TRL adds the end token to responses
-        {"prompt": " ".join(map(str, x)), "chosen": "".join(f" {i}" for i in w[:-1]),
-         "rejected": "".join(f" {i}" for i in l[:-1])}
-        for x, w, l in rows
+        {"prompt": " ".join(map(str, row.prompt)),
+         "chosen": "".join(f" {i}" for i in row.chosen[:-1]),
+         "rejected": "".join(f" {i}" for i in row.rejected[:-1])}
+        for row in rows
     ]  # fmt: skip
     models = []
     for _ in range(2):

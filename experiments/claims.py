@@ -14,7 +14,6 @@ import torch
 
 import data
 import dpo
-import train
 from experiments import lab, rlhf, verdicts
 from experiments.lab import BETA, WORLD
 
@@ -162,7 +161,7 @@ def coverage(seed, quick):
 def leak(world, seed, seen, slip, pairs, lr, sft_weight, rounds):
     """SFT on a corpus, DPO as train.py does it -> rows of margin, accuracy, gap closed
     and of where the mass is. In each round the pairs are drawn anew, from the policy as it is."""
-    args, generator = train.parse_args(["--seed", str(seed)]), torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     model = copy.deepcopy(sft(world, seed, slip))
     policy = ref = world.logps(model)
     best, _ = dpo.optimal_policy(ref, world.rewards, BETA)
@@ -171,7 +170,7 @@ def leak(world, seed, seen, slip, pairs, lr, sft_weight, rounds):
 
     def row(of_mass, seen, margins):
         probs, kl = of_mass.exp(), dpo.kl_divergence(of_mass, best).mean()
-        return train.means({
+        return lab.means({
             "pairs_seen": torch.tensor([float(seen)]),
             "margin": margins, "accuracy": dpo.accuracy(margins),
             "gap_closed": 1 - kl / dpo.kl_divergence(ref, best).mean(),
@@ -182,7 +181,7 @@ def leak(world, seed, seen, slip, pairs, lr, sft_weight, rounds):
         })  # fmt: skip
 
     for turn in range(rounds):
-        drawn = world.draw_pairs(policy, pairs // rounds, "hard", generator)
+        drawn = world.draw_pairs(policy, pairs // rounds, generator)
         x, both = drawn.prompt, torch.stack([drawn.chosen, drawn.rejected])
         paired[x, both] = True
         of_ref = ref[x, both].float()  # (2, n)
@@ -193,9 +192,12 @@ def leak(world, seed, seen, slip, pairs, lr, sft_weight, rounds):
             return dpo.dpo_loss(chosen, *others, beta=beta).losses - sft_weight * chosen
 
         rows = world.rows(drawn)
-        epochs, optimizer = seen / rounds / len(rows), train.OPTIMIZERS["adamw"](model.parameters())
-        for step, steps, rate, ids in train.schedule(rows, epochs, lr, args):
-            train.update(model, optimizer, rate, args, rows, ids, loss, of_ref)
+        optimizer = lab.adamw(model, lr)
+        schedule = lab.schedule(
+            optimizer, rows, epochs=seen / rounds / len(rows), peak_lr=lr, seed=seed
+        )
+        for step, steps, ids in schedule:
+            lab.train_step(model, optimizer, rows, ids, loss=loss, ref_logps=of_ref)
             if step % (steps * rounds // 8) and step < steps:
                 continue
             policy = world.logps(model)
@@ -205,12 +207,17 @@ def leak(world, seed, seen, slip, pairs, lr, sft_weight, rounds):
 
 @functools.cache
 def sft(world, seed, slip):
-    model, args = lab.new_gpt(seed), train.parse_args(["--seed", str(seed)])
+    model = lab.new_gpt(seed)
     corpus = world.corpus(torch.Generator().manual_seed(seed), slip=slip)
-    optimizer = train.OPTIMIZERS["adamw"](model.parameters())
-    for _, _, lr, ids in train.schedule(corpus, 10, 1e-2, args):
-        train.update(model, optimizer, lr, args, corpus, ids, lambda chosen_logps: -chosen_logps)
+    optimizer = lab.adamw(model, lr=1e-2)
+    schedule = lab.schedule(optimizer, corpus, epochs=10, peak_lr=1e-2, seed=seed)
+    for _, _, ids in schedule:
+        lab.train_step(model, optimizer, corpus, ids, loss=sft_loss)
     return model
+
+
+def sft_loss(chosen_logps):
+    return -chosen_logps
 
 
 def both_log_probs_fall(seed, quick):
@@ -231,7 +238,7 @@ def both_log_probs_fall(seed, quick):
                 *_, (_, logps) = run
                 moved, mass = logps - ref, logps.exp() - ref.exp()
                 row = {"seed": seed, "policy": kind, "beta": beta, "pairs": pairs}
-                rows.append(row | train.means({
+                rows.append(row | lab.means({
                     "chosen": moved[drawn.prompt, drawn.chosen],
                     "rejected": moved[drawn.prompt, drawn.rejected],
                     "mass_chosen": (mass * won).sum(-1),

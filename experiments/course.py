@@ -25,7 +25,7 @@ def over_optimised(seed, quick):
     judges = []
     for judge in range(2 if quick else 10):
         generator = torch.Generator().manual_seed(1000 * judge + seed)
-        few = WORLD.draw_pairs(ref, FEW, "hard", generator)
+        few = WORLD.draw_pairs(ref, FEW, generator)
         settings = dict(epochs=40, seed=judge, lr=1e-2, batch=128)
         judges.append((rlhf.train_reward_model(sft, few, **settings), named_in(few)))
     rows = []
@@ -153,7 +153,7 @@ def samplers(seed, quick):
             for part in range(4):
                 if sampler is None or part == 0:
                     source, size = (now, n // 4) if sampler is None else (sampler, n)
-                    drawn.append(WORLD.draw_pairs(source, size, "hard", generator))
+                    drawn.append(WORLD.draw_pairs(source, size, generator))
                 so_far = data.Drawn(*(torch.cat(columns) for columns in zip(*drawn)))
                 loss = lab.preferences(dpo.dpo_loss, so_far, ref)
                 run = lab.descend(policy, loss, len(so_far.prompt), 60, 1e-2, part)
@@ -171,8 +171,9 @@ def by_heart(seed, quick):
     for step, logps in lab.train_dpo(seed, few, steps=100 if quick else 600):
         if step % 20 == 0:
             row = {"seed": seed, "step": step} | lab.measure(logps, ref)
-            for whose, (x, w, l, _) in pairs.items():
-                both = torch.stack([w, l])
+            for whose, drawn in pairs.items():
+                x = drawn.prompt
+                both = torch.stack([drawn.chosen, drawn.rejected])
                 told = dpo.describe(*logps[x, both], *ref[x, both], beta=BETA)
                 row[f"{whose} loss"] = told["loss"].mean().item()
                 row[f"{whose} accuracy"] = told["accuracy"].mean().item()

@@ -3,13 +3,15 @@
     python -m experiments.device
     python -m experiments.device --scale    what fits on a laptop's GPU, by formula
 
-In at most five minutes: log-probs and gradients beside a float64 oracle on the CPU; the toy run, a
-resumed run, its files read on the CPU, samples; then the speed of a GPT-2-shaped model, and what a
-training step waits for. Exit status 1 if a number is out of bounds.
+In at most five minutes: log-probs and gradients beside a float64 oracle on the CPU; masks that stay
+on the CPU; logits near -100 in bfloat16; the toy run, a resumed run, its files read on the CPU,
+samples; then the speed of a GPT-2-shaped model, and what a training step waits for. Exit status 1
+if a number is out of bounds.
 """
 
 import argparse
 import copy
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 import data
 import dpo
 import train
-from experiments import bench
+from experiments import bench, lab
 from model import GPT, PUBLISHED, GPTConfig
 
 SHAPES = {"cuda": (12, 12, 768), "mps": (6, 6, 384), "cpu": (2, 2, 128)}  # layers, heads, width
@@ -39,10 +41,10 @@ def check():
     where = torch.cuda.get_device_name() if device == "cuda" else device
     print(f"{where}, torch {torch.__version__}\n")
     exact(device)
-    threads = torch.get_num_threads()
+    masks(device)
+    deep_logits(device)
     with tempfile.TemporaryDirectory() as folder:
-        runs(device, Path(folder))  # train.py uses two threads at most in the toy world
-        torch.set_num_threads(threads)
+        runs(device, Path(folder))
         speed(device, folder)
     print(f"\n{'FAILED: ' + ', '.join(failed) if failed else 'all checks passed'}")
     return bool(failed)
@@ -81,6 +83,49 @@ def answers(model, ids, mask, ref=None):
     return logps.detach().cpu().double(), torch.cat(grads), ref
 
 
+@torch.no_grad()
+def masks(device):
+    """The mask stays on the CPU while the tokens and the model are on the device (as train.py has
+    it: a mask there would make the GPU wait). On the device it must do the same."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(bench.VOCAB, 256, 96, 3, 3))
+    ids, mask = data.collate(bench.made_up(8), range(8))
+    wanted = dpo.response_logps(model, ids, mask)
+    model.to(device)
+    for where in ("cpu", device):
+        logps = dpo.response_logps(model, ids.to(device), mask.to(where)).cpu()
+        within(f"log-probs, mask on {where}, nats", (logps - wanted).abs().max().item(), 1e-3)
+
+
+def deep_logits(device):
+    """Logits near -100, as GPT-2's are, where bfloat16 has steps of 0.5: the head must compute in
+    float32, outside autocast. Softmax does not feel the shift."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(bench.VOCAB, 256, 320, 2, 4))
+    with torch.no_grad():
+        direction = torch.nn.functional.normalize(torch.randn(320), dim=0)
+        along = model.wte.weight @ direction  # (V,)
+        model.wte.weight += (1 - along)[:, None] * direction  # now 1 for every token
+        model.ln_f.bias -= 100 * direction
+    rows = bench.made_up(8, response=50)
+    wanted = lab.all_logps(model, rows)  # in float32, on the CPU
+    model.to(device)
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as train.py sets it
+    together = lab.all_logps(model, rows, dtype="bfloat16")
+    apart = (together.cpu() - wanted).abs().max().item()
+    within("logits near -100, bfloat16, log-probs, nats", apart, 0.1)
+    alone = lab.all_logps(model, rows, micro_batch_size=1, dtype="bfloat16")
+    apart = (together - alone).abs().max().item()
+    within("logits near -100, bfloat16, pair alone or in a batch, nats", apart, 0.05)
+    optimizer = lab.adamw(model, lr=1e-4)
+    settings = {"ref_logps": alone, "beta": 0.1, "dtype": "bfloat16"}
+    losses, _ = lab.train_step(model, optimizer, rows, torch.arange(8), **settings)
+    apart = abs(losses.mean().item() - math.log(2))
+    within("logits near -100, bfloat16, first loss minus 0.6931", apart, 5e-4)
+    torch.set_float32_matmul_precision("highest")
+
+
 def runs(device, folder):
     """The default run of train.py; another, whose last steps are run again by --resume; files and
     samples."""
@@ -88,7 +133,7 @@ def runs(device, folder):
     within("toy run, gap left", 1 - summary["gap_closed"], 0.05)
     world, out = data.ToyWorld(), str(folder / "short")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    flags = "--pairs 4096 --sft-epochs 0.5 --save-every 30 --eval-every 20".split()
+    flags = "--pairs 4096 --sft-epochs 0.5 --save-every 30".split()
     train.main([*flags, "--device", device, "--out", out])
     whole = world.logps(GPT.from_pretrained(folder / "short" / "policy"))
     train.main(["--resume", "--device", device, "--out", out])  # from step 30 of 48
@@ -185,13 +230,12 @@ def scale():
 def peak_bytes(pairs):
     """Measured in a step of GPT-2's shape on these rows; on a CPU without what was there before."""
     before = bench.peak() if bench.DEVICE == "cpu" else 0
-    model, args = GPT(GPTConfig()).to(bench.DEVICE), bench.settings(pairs)
+    model = GPT(GPTConfig()).to(bench.DEVICE)
     rows = [data.TokenPair([0] * 128, [0] * 128, [0] * 128)] * pairs
-    optimizer = train.OPTIMIZERS["adamw"](model.parameters())
+    optimizer = lab.adamw(model, lr=1e-6)
     ref = torch.zeros(2, pairs, device=bench.DEVICE)
     for _ in range(2):
-        everything = torch.arange(pairs)
-        train.update(model, optimizer, 1e-6, args, rows, everything, dpo.dpo_loss, ref)
+        lab.train_step(model, optimizer, rows, torch.arange(pairs), ref_logps=ref)
     return bench.peak() - before
 
 

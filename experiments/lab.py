@@ -1,8 +1,8 @@
 """What the experiments share: the toy world, training, exact numbers, many runs at once.
 
-The world is so small that a step computes the log-prob of every response, (P, Y), and reads those
-of its pairs from that table. Values and gradients are train.py's (a test says so), and a batch of
-any size costs the same.
+The world is so small that a step of `descend` computes the log-prob of every response, (P, Y), and
+reads those of its pairs from that table. Values and gradients are train.py's (a test says so), and
+a batch of any size costs the same. `train_step` is train.py's step itself, on rows of tokens.
 P = 2 prompts, Y = 1,111 responses, B pairs or responses in a batch.
 """
 
@@ -10,7 +10,9 @@ import argparse
 import copy
 import csv
 import functools
+import inspect
 import itertools
+import math
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -84,14 +86,32 @@ def start_from(seed, kind="network"):
 
 def draw(seed, n, labels="hard", flip=0.0, among=None, stream=1000):
     """n preferences between responses of the reference, a fraction `flip` of them then reversed.
+    labels: "hard", drawn by Bradley-Terry on r*, or "deterministic": the higher r* wins.
     `among` keeps only the pairs of that prompt. Another `stream` draws other pairs, to hold out."""
     generator = torch.Generator().manual_seed(stream + seed)
-    drawn = WORLD.draw_pairs(reference(seed)[1], n, labels, generator)
+    drawn = WORLD.draw_pairs(reference(seed)[1], n, generator)
+    if labels == "deterministic":
+        drawn = exchange(drawn, true_margins(drawn) < 0)
+    else:
+        assert labels == "hard", labels
     if among is not None:
         drawn = data.Drawn(*(column[drawn.prompt == among] for column in drawn))
     wrong = torch.rand(len(drawn.prompt), generator=generator) < flip
+    return exchange(drawn, wrong)
+
+
+def true_margins(drawn):
+    """r*(chosen) - r*(rejected) of each pair, (n,) float64."""
+    chosen = WORLD.rewards[drawn.prompt, drawn.chosen]
+    rejected = WORLD.rewards[drawn.prompt, drawn.rejected]
+    return chosen - rejected
+
+
+def exchange(drawn, wrong):
+    """The pairs, with chosen and rejected exchanged where `wrong` (n,) is True."""
     chosen = torch.where(wrong, drawn.rejected, drawn.chosen)
-    return drawn._replace(chosen=chosen, rejected=torch.where(wrong, drawn.chosen, drawn.rejected))
+    rejected = torch.where(wrong, drawn.chosen, drawn.rejected)
+    return drawn._replace(chosen=chosen, rejected=rejected)
 
 
 def descend(model, losses_of, n, steps, lr, seed, batch=BATCH):
@@ -99,7 +119,7 @@ def descend(model, losses_of, n, steps, lr, seed, batch=BATCH):
     does: AdamW, a short warm-up, a linear decay, clipped gradients.
     Yields (step, logps) before each step and after the last.
     """
-    optimizer = train.OPTIMIZERS["adamw"](model.parameters(), lr)
+    optimizer = adamw(model, lr)
     generator = torch.Generator().manual_seed(seed)
     left = torch.empty(0, dtype=torch.long)
     for step in range(steps):
@@ -123,7 +143,23 @@ def preferences(loss, drawn, ref, beta=BETA, **settings):
 
     def losses_of(logps, places):
         x, both = drawn.prompt[places], torch.stack([drawn.chosen, drawn.rejected])[:, places]
-        return train.call_loss(loss, logps[x, both], ref[x, both], LENGTHS[both], beta)
+        return call_loss(loss, logps[x, both], ref[x, both], LENGTHS[both], beta)
+
+    return losses_of
+
+
+def soft_preferences(loss, drawn, ref, beta=BETA, **settings):
+    """The same with soft labels: p L(chosen, rejected) + (1 - p) L(rejected, chosen), where p is
+    Eq. 1's probability on r* that chosen wins. So there is no label noise."""
+    as_drawn = preferences(loss, drawn, ref, beta, **settings)
+    everywhere = torch.ones(len(drawn.prompt), dtype=torch.bool)
+    reversed_pairs = preferences(loss, exchange(drawn, everywhere), ref, beta, **settings)
+    p = true_margins(drawn).sigmoid()  # (1)
+
+    def losses_of(logps, places):
+        chosen_wins = as_drawn(logps, places)
+        rejected_wins = reversed_pairs(logps, places)
+        return p[places] * chosen_wins + (1 - p[places]) * rejected_wins
 
     return losses_of
 
@@ -143,7 +179,14 @@ def measure(logps, ref, beta=BETA, prompts=slice(None)):
     there = logps[prompts]
     entropy = -(there.exp() * there.clamp(min=-1e9)).sum(-1)
     more = {"grammatical": there.exp()[:, WORLD.grammatical].sum(-1), "entropy": entropy}
-    return WORLD.measure(logps, ref, beta, prompts) | train.means(more)
+    return WORLD.measure(logps, ref, beta, prompts) | means(more)
+
+
+def means(columns):
+    """{name: tensor} -> {name: its mean}. AssertionError if one is not finite."""
+    found = {name: column.mean().item() for name, column in columns.items()}
+    assert all(math.isfinite(mean) for mean in found.values()), f"not finite: {found}"
+    return found
 
 
 def agreement(rewards, ref):
@@ -172,6 +215,97 @@ def mean_ranks(values):
     return (counts.cumsum(0) - (counts - 1) / 2)[level].double()
 
 
+# Training on rows of tokens: train.py's step, for any model, world, loss and device
+
+
+def adamw(model, lr):
+    return torch.optim.AdamW(model.parameters(), lr, (0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def schedule(optimizer, rows, epochs, peak_lr, seed):
+    """Yields (step, steps, pair ids (B,)) with the learning rate set, by train.py's toy defaults:
+    batches of 512, a linear warm-up, then a linear decay."""
+    batch_size = min(512, len(rows))
+    steps = math.ceil(epochs * len(rows) / batch_size)
+    warmup = max(1, min(150, steps // 10))
+    batches = data.batches(rows, batch_size, torch.Generator().manual_seed(seed + 2))
+    for step in range(1, steps + 1):
+        if step <= warmup:
+            lr = peak_lr * (step / warmup)
+        else:
+            lr = peak_lr * ((steps - step + 1) / (steps - warmup))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        yield step, steps, next(batches)
+
+
+def train_step(
+    model,
+    optimizer,
+    rows,
+    ids,
+    *,
+    loss=dpo.dpo_loss,
+    ref_logps=None,
+    beta=BETA,
+    micro_batch_size=512,
+    dtype="float32",
+):
+    """One optimiser step on the mean loss of the pairs rows[i] for i in ids (B,).
+
+    ref_logps: those of all rows, (2, n); a loss for SFT gets none. Returns the losses (B,), as they
+    were before the step, and the gradient's norm before it was clipped to 1. FloatingPointError,
+    before the step, if one of them is not finite.
+    """
+    optimizer.zero_grad()
+    logged = []
+    for part in ids.split(micro_batch_size):
+        logps, lengths = pair_logps(model, rows, part, dtype)
+        if ref_logps is None:
+            of_ref = ()
+        else:
+            of_ref = ref_logps[:, part]
+        losses = call_loss(loss, logps, of_ref, lengths, beta)
+        (losses.sum() / len(ids)).backward()  # the parts add up to the mean over the batch
+        logged.append(losses.detach())
+    losses = torch.cat(logged)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if not torch.isfinite(losses.mean() + grad_norm):
+        raise FloatingPointError(f"losses {losses}, gradient norm {grad_norm}")
+    optimizer.step()
+    return losses, grad_norm
+
+
+def pair_logps(model, rows, ids, dtype="float32"):
+    """log pi(y|x) of some pairs and their responses' lengths: (2, B) each, chosen first; (1, B) if
+    there is no rejected response."""
+    tokens, mask = data.collate(rows, ids.tolist())
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        logps = dpo.response_logps(model, tokens.to(model.device), mask)
+    lengths = mask.sum(1).to(model.device)
+    return logps.view(-1, len(ids)), lengths.view(-1, len(ids))
+
+
+@torch.no_grad()
+def all_logps(model, rows, micro_batch_size=512, dtype="float32"):
+    """log pi(y|x) of both responses of every row: (2, n)."""
+    parts = torch.arange(len(rows)).split(micro_batch_size)
+    return torch.cat([pair_logps(model, rows, part, dtype)[0] for part in parts], dim=1)
+
+
+def call_loss(loss, policy_logps, ref_logps, lengths, beta):
+    """Losses (B,) from three (2, B), chosen first. After the log-probs a loss is passed those of
+    beta, chosen_lengths and rejected_lengths that its signature names."""
+    offered = {"beta": beta, "chosen_lengths": lengths[0], "rejected_lengths": lengths[-1]}
+    named = inspect.signature(loss).parameters
+    passed = {name: value for name, value in offered.items() if name in named}
+    losses = loss(*policy_logps, *ref_logps, **passed)
+    if isinstance(losses, tuple):  # such as dpo.DPOLoss
+        losses = losses[0]
+    assert losses.shape == policy_logps[0].shape, f"not one loss for each pair: {losses}"
+    return losses
+
+
 # Many runs, files, command line
 
 
@@ -189,7 +323,7 @@ def run_jobs(work, jobs, seconds):
             spent = time.time() - start
             left *= spent / max(sum(seconds) - left, 1)
             times = f"{spent:.0f} s  {left:.0f} s left"
-            train.progress(f"{len(results)}/{len(jobs)} jobs  {times}", True)
+            print(f"{len(results)}/{len(jobs)} jobs  {times}", flush=True)
     return [results[i] for i in range(len(jobs))]
 
 

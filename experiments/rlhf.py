@@ -17,7 +17,6 @@ from torch import nn
 import dpo
 from experiments import lab
 from experiments.lab import BETA, LENGTHS, WORLD
-from train import OPTIMIZERS
 
 SAMPLES = 8 * 48 * 512  # responses that PPO draws: 2% fewer than the 100,000 pairs of DPO hold
 EPOCHS = 8  # of the reward model, as many as DPO's
@@ -61,7 +60,7 @@ def train_reward_model(sft, drawn, epochs=EPOCHS, seed=0, lr=5e-3, batch=512):
     """
     model = Scalar(sft)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = OPTIMIZERS["adamw"](model.parameters(), lr)
+    optimizer = lab.adamw(model, lr)
     order = [torch.randperm(len(drawn.prompt), generator=generator) for _ in range(epochs)]
     batches = torch.cat(order).split(batch)
     for step, i in enumerate(batches):
@@ -165,8 +164,8 @@ def ppo(sft, rewards, seed, beta=BETA, target_kl=None, samples=SAMPLES, **tuned)
     """
     t = {**TUNED, **tuned}
     policy, ref, critic = copy.deepcopy(sft), sft, Scalar(sft)
-    actor = OPTIMIZERS["adamw"](policy.parameters(), t["lr"])
-    critic_opt = OPTIMIZERS["adamw"](critic.parameters(), t["critic_lr"])
+    actor = lab.adamw(policy, t["lr"])
+    critic_opt = lab.adamw(critic, t["critic_lr"])
     generator = torch.Generator().manual_seed(seed)
     start, rounds = WORLD.prompt_ids.shape[1], samples // t["batch"]
     for n in range(rounds):

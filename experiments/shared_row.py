@@ -56,7 +56,10 @@ def collate(rows, pair_ids):
     picked = [rows[i] for i in pair_ids]
     B = len(picked)
     ids, positions, forks, places, targets, owner = [], [], [], [], [], []
-    for i, (prompt, chosen, rejected) in enumerate(picked):
+    for i, pair in enumerate(picked):
+        prompt = pair.prompt
+        chosen = pair.chosen
+        rejected = pair.rejected
         assert prompt, "the last prompt token predicts the first response token: no prompt, no row"
         begin = commonprefix([chosen[:-1], rejected[:-1]])
         rest_w, rest_l = (response[len(begin) : -1] for response in (chosen, rejected))
@@ -104,4 +107,4 @@ def forward(model, batch):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + block.attn.c_proj(mixed.transpose(1, 2).flatten(2))
         x = x + block.mlp.c_proj(F.gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh"))
-    return model.ln_f(x.flatten(0, 1)[batch.at]) @ model.wte.weight.T
+    return model.head(x.flatten(0, 1)[batch.at])

@@ -6,7 +6,7 @@ import data
 import dpo
 from experiments import bench, device
 from model import GPT, GPTConfig
-from test_dpo import expect
+from tests.helpers import expect
 
 
 def test_the_contenders_train_alike(tmp_path, monkeypatch):
@@ -27,11 +27,11 @@ def test_the_contenders_train_alike(tmp_path, monkeypatch):
 
 def test_made_up_pairs_are_as_long_as_instructions():
     rows = bench.made_up(2000)
-    prompt, chosen, rejected = (sum(map(len, part)) / 2000 for part in zip(*rows))
+    prompt, chosen, rejected = (sum(map(len, part)) / 2000 for part in list(zip(*rows))[:3])
     for got, wanted in ((prompt, 44), (chosen, 17), (rejected, 17)):  # the end token is counted
         assert abs(got - wanted) < 1.5, (got, wanted)
     fixed = bench.made_up(2, prompt=5, response=3)
-    assert [list(map(len, row)) for row in fixed] == [[5, 3, 3]] * 2
+    assert [list(map(len, row[:3])) for row in fixed] == [[5, 3, 3]] * 2
 
 
 def test_useful_arithmetic_by_hand():
@@ -90,3 +90,14 @@ def test_memory_of_a_step_by_formula():
     tokens = 4 * 63
     two_layers = [device.step_bytes(128, n_layer, tokens, 0, "float32")[1] for n_layer in (2, 4)]
     expect((kept(4) - kept(2)) / (two_layers[1] - two_layers[0]), 1.0, "bytes a layer keeps", 0.01)
+
+
+def test_the_check_of_deep_logits_passes_here_and_can_fail(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "VOCAB", 300)
+    monkeypatch.setattr(device, "failed", [])
+    device.masks("cpu")
+    device.deep_logits("cpu")
+    assert not device.failed and capsys.readouterr().out.count("ok ") == 5
+    monkeypatch.setattr(GPT, "head", lambda self, x: self.ln_f(x) @ self.wte.weight.T)
+    device.deep_logits("cpu")  # under autocast the product is in bfloat16
+    assert "logits near -100, bfloat16, log-probs, nats" in device.failed

@@ -13,143 +13,254 @@ import pytest
 import torch
 
 import data
-import dpo
 from data import END, Drawn, InputError, Pair, TokenPair, encode_pairs, load_pairs
 from model import GPT, GPTConfig
-from test_dpo import expect
-from test_model import assert_drawn_from
+from tests.helpers import assert_drawn_from, expect
 
 GOOD = {"prompt": "2 + 2 =", "chosen": "4", "rejected": "5"}
-WORLD, BYTES = data.ToyWorld(), data.get_tokenizer("bytes")
+OTHER = {"prompt": "3 + 2 =", "chosen": "5", "rejected": "6"}
+WORLD = data.ToyWorld()
+BYTES = data.get_tokenizer("bytes")
 WORDS = "The was film hotel good dull quiet funny not very".split()  # token ids 0 to 9; 10 is END
 PLACE = {y: i for i, y in enumerate(WORLD.responses)}
-seeded = torch.Generator().manual_seed
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def write(tmp_path, *lines):
+    """A file of pairs. A line is a text, or the object that stands there as JSON."""
     path = tmp_path / "pairs.jsonl"
-    lines = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-    path.write_text("\n".join(lines), errors="surrogateescape")
+    texts = []
+    for line in lines:
+        if not isinstance(line, str):
+            line = json.dumps(line)
+        texts.append(line)
+    path.write_text("\n".join(texts), encoding="utf-8")
     return path
+
+
+def with_warnings(function, *arguments):
+    """What the function returns, and the warnings that it gives."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = function(*arguments)
+    return result, [str(warning.message) for warning in caught]
 
 
 # Files
 
-NO_JSON = ["{", "[" * 100_000, '{"prompt": "\udcff"}', "[", "1" * 5000]  # \udcff: bytes, no text
-UTF16 = [bytes for code in ("utf-16", "utf-16-le") for bytes in ['{"a": 1}\r\n'.encode(code)]]
+FIRST = json.dumps(GOOD).encode() + b"\n"
+NOT_JSON = {  # the file, and the number of the line that is not JSON
+    "half an object": (FIRST + b"{", 2),
+    "half a list": (FIRST + b"\n[", 3),
+    "too deep": (FIRST + b"[" * 100_000, 2),
+    "a number of 5000 digits": (FIRST + b"1" * 5000, 2),
+    "not UTF-8": (FIRST + b'{"prompt": "\xff"}', 2),
+    "two objects": (FIRST + FIRST.strip() + FIRST, 2),
+    "UTF-16, as PowerShell writes it": ('{"a": 1}\r\n'.encode("utf-16"), 1),
+    "UTF-16 without its mark": ('{"a": 1}\r\n'.encode("utf-16-le"), 1),
+}
 
 
-@pytest.mark.parametrize("line", [*NO_JSON, *UTF16], ids=lambda line: repr(line)[:40])
-def test_what_is_not_json_is_named_by_file_and_line(tmp_path, line):
-    path = write(tmp_path, *([GOOD, line] if isinstance(line, str) else []))
-    if isinstance(line, bytes):  # as PowerShell writes it
-        path.write_bytes(line)
+@pytest.mark.parametrize("case", NOT_JSON)
+def test_what_is_not_json_is_named_by_file_and_line(case, tmp_path):
+    content, number = NOT_JSON[case]
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(content)
     with pytest.raises(InputError) as error:
         load_pairs(path)
-    number, said = 1 + isinstance(line, str), str(error.value)
-    assert f"{path}:{number}: not a line of JSON" in said and "UTF-8" in said, said
-    assert "\n" not in said and len(said) < 300, said
+    said = str(error.value)
+    assert said.startswith(f"{path}:{number}: not a line of JSON")
+    assert "UTF-8" in said
+    assert "\n" not in said
+    assert len(said) < 300
 
 
 TALK = "\n\nHuman: Hi.\n\nAssistant: Hello. Assistant: here.\n\nHuman: Why?\n\nAssistant:"
-HI, YES, NO = ({"role": role, "content": text} for role, text in
-               (("user", "Hi?"), ("assistant", "Yes."), ("assistant", "No.")))  # fmt: skip
-SYSTEM = {"role": "system", "content": "Be brief."}
-WAS = "\n\nHuman: Hi?\n\nAssistant:", " Yes.", " No."
-LINES = {  # prompt, if any, chosen and rejected -> the pair, or None where the line is dropped
+WINDOWS = TALK.replace("\n", "\r\n")
+BACK = "\n\nHuman: B?\n\nAssistant: C."
+HI = {"role": "user", "content": "Hi?"}
+YES = {"role": "assistant", "content": "Yes."}
+NO = {"role": "assistant", "content": "No."}
+BRIEF = {"role": "system", "content": "Be brief."}
+ASKED = "\n\nHuman: Hi?\n\nAssistant:"
+TOLD = "\n\nSystem: Be brief." + ASKED
+TWICE = ASKED + " Yes." + ASKED
+
+PAIRS = {  # prompt, if any, chosen and rejected -> the pair
     "three texts": (("Hi", "A", "B"), ("Hi", "A", "B")),
     "texts stay as they are": ((" Hi\r\n", "A\r\n", " B"), (" Hi\r\n", "A\r\n", " B")),
     "a prompt and dialogues": (("Hi", TALK + " A.", "B"), ("Hi", TALK + " A.", "B")),
-    "equal texts": (("Hi", "A", "A"), None),
-    "a blank prompt": ((" \n", "A", "B"), None),
-    "a blank response": (("Hi", " \n", "B"), None),
-    "an empty response": (("Hi", "A", ""), None),
-    "null": (("Hi", "A", None), None),
-    "a number": (("Hi", 4, "B"), None),
-    "an object": (({"text": "Hi"}, "A", "B"), None),
-    "no prompt and no dialogue": (("A", "B"), None),
     "dialogues": ((TALK + " Yes, A.", TALK + " Yes, B."), (TALK, " Yes, A.", " Yes, B.")),
     "an empty prompt beside them": (("", TALK + " A.", TALK + " B."), (TALK, " A.", " B.")),
-    "lines that end as on Windows": ([(TALK + y).replace("\n", "\r\n") for y in (" A.\n", " B.")],
-                                     (TALK, " A.\n", " B.")),
+    "a null prompt beside them": ((None, TALK + " A.", TALK + " B."), (TALK, " A.", " B.")),
+    "line ends of Windows": ((WINDOWS + " A.\r\n", WINDOWS + " B."), (TALK, " A.\n", " B.")),
     "one response begins the other": ((TALK + " A.", TALK + " A. B"), (TALK, " A.", " A. B")),
-    "equal dialogues": ((TALK + " A.", TALK + " A."), None),
-    "a blank last response": ((TALK + " \n", TALK + " No."), None),
-    "one goes on for a turn": ((TALK + " A.\n\nHuman: B?\n\nAssistant: C.", TALK + " D."), None),
-    "they part early": ((TALK + " A.", "\n\nHuman: Hi.\n\nAssistant: Go away."), None),
-    "no question in common": (("\n\nAssistant: A.", "?\n\nAssistant: B."), None),
-    "a person has the last word": ((TALK + " A.\n\nHuman: Thanks.", TALK + " B."), None),
-    "rejected responds twice": ((TALK + " A.", TALK + " B.\n\nAssistant: C."), None),
-    "nobody responds": (("\n\nHuman: Hi.", "\n\nHuman: Hi there."), None),
-    "one dialogue is a number": ((1, TALK + " A."), None),
-    "messages": (([HI, YES], [HI, NO]), WAS),
-    "a text and whole dialogues in messages": (("Hi?", [HI, YES], [HI, NO]), WAS),
-    "messages everywhere": (([HI], [YES], [NO]), WAS),
-    "a text, then messages": (("Hi?", [YES], [NO]), WAS),
-    "messages, then texts": (([HI], "Yes.", "No."), WAS),
-    "only the rejected response in messages": (("Hi?", "Yes.", [NO]), WAS),
-    "a system message": (([SYSTEM, HI], [YES], [NO]), ("\n\nSystem: Be brief." + WAS[0], *WAS[1:])),
-    "and in whole dialogues": (("Hi?", [SYSTEM, HI, YES], [SYSTEM, HI, NO]),
-                               ("\n\nSystem: Be brief." + WAS[0], *WAS[1:])),
-    "a longer talk": (([HI, YES, HI], [YES], [NO]),
-                      (WAS[0] + " Yes.\n\nHuman: Hi?\n\nAssistant:", *WAS[1:])),
-    "a system message alone": (([SYSTEM], [HI, YES], [HI, NO]),
-                               ("\n\nSystem: Be brief." + WAS[0], *WAS[1:])),
-    "turns that go on": (([HI, YES], [HI, YES], [HI, NO]), (WAS[0] + " Yes." + WAS[0], *WAS[1:])),
-    "equal messages": (([HI], [YES], [YES]), None),
-    "a blank message": (([HI], [YES], [NO | {"content": " "}]), None),
-    "the person answers": (([HI, YES, HI], [HI, NO, HI]), None),
-    "no message": (([HI], [YES], []), None),
-    "an unknown role": (([HI], [YES], [NO | {"role": "tool"}]), None),
-    "no content": (([HI], [YES], [{"role": "assistant"}]), None),
-    "content that is no text": (([HI], [YES], [NO | {"content": [{"text": "No."}]}]), None),
-    "content null": (([HI], [YES], [NO | {"content": None}]), None),
-    "messages that are none": (([HI], ["Yes."], ["No."]), None),
-}  # fmt: skip
+    "messages": (([HI, YES], [HI, NO]), (ASKED, " Yes.", " No.")),
+    "a text, whole dialogues": (("Hi?", [HI, YES], [HI, NO]), (ASKED, " Yes.", " No.")),
+    "messages everywhere": (([HI], [YES], [NO]), (ASKED, " Yes.", " No.")),
+    "a text, then messages": (("Hi?", [YES], [NO]), (ASKED, " Yes.", " No.")),
+    "messages, then texts": (([HI], "Yes.", "No."), (ASKED, " Yes.", " No.")),
+    "only chosen in messages": (("Hi?", [YES], "No."), (ASKED, " Yes.", " No.")),
+    "only rejected in messages": (("Hi?", "Yes.", [NO]), (ASKED, " Yes.", " No.")),
+    "a system message": (([BRIEF, HI], [YES], [NO]), (TOLD, " Yes.", " No.")),
+    "and whole dialogues": (("Hi?", [BRIEF, HI, YES], [BRIEF, HI, NO]), (TOLD, " Yes.", " No.")),
+    "it alone is the prompt": (([BRIEF], [HI, YES], [HI, NO]), (TOLD, " Yes.", " No.")),
+    "a longer talk": (([HI, YES, HI], [YES], [NO]), (TWICE, " Yes.", " No.")),
+    "turns that go on": (([HI, YES], [HI, YES], [HI, NO]), (TWICE, " Yes.", " No.")),
+}
+
+NO_FORM = "neither a text nor a list of messages"
+NO_MESSAGE = "role and content"
+NO_TEXT = "content of a message"
+ROLES = "system, user, assistant"
+TWO = "two dialogues"
+SAME = "the same"
+NO_PAIRS = {  # prompt, if any, chosen and rejected -> words of the reason why the line is dropped
+    "equal texts": (("Hi", "A", "A"), SAME),
+    "equal dialogues": ((TALK + " A.", TALK + " A."), SAME),
+    "equal messages": (([HI], [YES], [YES]), SAME),
+    "a blank prompt": ((" \n", "A", "B"), "prompt is empty.*'prompt', 'chosen', 'rejected', 'id'"),
+    "a blank response": (("Hi", " \n", "B"), "chosen is empty.*'prompt', 'chosen', 'rejected', 'id'"),
+    "an empty response": (("Hi", "A", ""), "rejected is empty"),
+    "null": (("Hi", "A", None), "rejected is empty"),
+    "no prompt and no dialogue": (("A", "B"), "prompt is empty.*.'chosen', 'rejected', 'id'"),
+    "a blank last response": ((TALK + " \n", TALK + " No."), "chosen is empty"),
+    "a blank message": (([HI], [YES], [NO | {"content": " "}]), "rejected is empty"),
+    "no message": (([HI], [YES], []), ""),  # whatever is said
+    "nobody responds": (("\n\nHuman: Hi.", "\n\nHuman: Hi there."), ""),
+    "no question in common": (("\n\nAssistant: A.", "?\n\nAssistant: B."), TWO),
+    "a prompt that is a number": ((4, "A", "B"), NO_FORM),
+    "a number": (("Hi", 4, "B"), NO_FORM),
+    "an object": (("Hi", "A", {"text": "B"}), NO_FORM),
+    "one dialogue is a number": ((TALK + " A.", 1), NO_FORM),
+    "a number beside messages": (([HI], [YES], 7), ""),
+    "one goes on for a turn": ((TALK + " A." + BACK, TALK + " D."), TWO),
+    "the other goes on for a turn": ((TALK + " D.", TALK + " A." + BACK), TWO),
+    "a person has the last word": ((TALK + " A.\n\nHuman: Thanks.", TALK + " B."), TWO),
+    "rejected responds twice": ((TALK + " A.", TALK + " B.\n\nAssistant: C."), TWO),
+    "chosen repeats the dialogue": ((ASKED + " A." + ASKED + " B.", ASKED + " C."), TWO),
+    "they part early": ((TALK + " A.", "\n\nHuman: Hi.\n\nAssistant: Go away."), TWO),
+    "the person answers": (([HI, YES, HI], [HI, NO, HI]), TWO),
+    "only chosen is whole": (([HI], [HI, YES], [NO]), TWO),
+    "an unknown role": (([HI], [YES], [NO | {"role": "tool"}]), f"role 'tool'.*{ROLES}"),
+    "a role that is a list": (([HI], [YES], [NO | {"role": ["user"]}]), f"role .*{ROLES}"),
+    "no role": (([HI], [YES], [{"content": "No."}]), f"role None.*{ROLES}"),
+    "no content": (([HI], [YES], [{"role": "assistant"}]), NO_TEXT),
+    "content that is no text": (([HI], [YES], [NO | {"content": [{"text": "No."}]}]), NO_TEXT),
+    "content null": (([HI], [YES], [NO | {"content": None}]), NO_TEXT),
+    "messages that are texts": (([HI], ["Yes."], ["No."]), NO_MESSAGE),
+}
 
 
-@pytest.mark.parametrize("case", LINES)
-def test_every_form_of_a_line(case, tmp_path):
-    """Prompt and response together are the text of the line; what is no pair is dropped, counted,
-    and alone in its file an error that names its fields."""
-    texts, wanted = LINES[case]
-    line = dict(zip(Pair._fields[-len(texts) :], texts)) | {"id": 7}
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        found = load_pairs(write(tmp_path, GOOD, line, "", GOOD | {"prompt": "3 + 2 ="}))
-    others = Pair(*GOOD.values()), Pair("3 + 2 =", "4", "5")
-    assert found == [others[0], *([wanted] if wanted else []), others[1]]
-    assert len(warned) == (wanted is None)
-    if not wanted:
-        assert re.search("dropped, the first is 2, without two.*: 1$", str(warned[0].message))
-        with pytest.raises(
-            InputError, match=f"no line has two different responses.*found: {', '.join(line)}$"
-        ):
-            load_pairs(write(tmp_path, line, line))
+def as_line(texts):
+    """Two texts are chosen and rejected, three begin with the prompt. And another field."""
+    fields = ["prompt", "chosen", "rejected"]
+    line = dict(zip(fields[-len(texts) :], texts))
+    line["id"] = 7
+    return line
 
 
-@pytest.mark.parametrize("line", ["", "7", "null", '["prompt"]', '{"text": "Hi"}'])
-def test_a_file_without_a_pair_says_what_it_has(tmp_path, line):
-    has = {"": "nothing", "7": "int", "null": "NoneType", '["prompt"]': "list"}.get(line, "text")
-    with pytest.raises(
-        InputError, match=f"pairs.jsonl: no line has two different responses.*found: {has}$"
-    ):
-        load_pairs(write(tmp_path, line))
+@pytest.mark.parametrize("case", PAIRS)
+def test_every_form_of_a_pair(case, tmp_path):
+    texts, wanted = PAIRS[case]
+    path = write(tmp_path, GOOD, as_line(texts), "", OTHER)
+    found, warned = with_warnings(load_pairs, path)
+    assert found == [tuple(GOOD.values()), wanted, tuple(OTHER.values())]
+    assert warned == []
+
+
+@pytest.mark.parametrize("case", NO_PAIRS)
+def test_a_line_without_a_pair_is_dropped_and_counted(case, tmp_path):
+    """With the reason. If no other line is in the file, the reason is that of an error."""
+    texts, reason = NO_PAIRS[case]
+    line = as_line(texts)
+    path = write(tmp_path, GOOD, "", line, line, OTHER)
+    found, warned = with_warnings(load_pairs, path)
+    assert found == [tuple(GOOD.values()), tuple(OTHER.values())]
+    assert len(warned) == 1
+    assert warned[0].startswith(f"{path}: lines dropped: 2; the first is line 3: ")
+    assert re.search(reason, warned[0]), warned[0]
+    path = write(tmp_path, "", line, line)
+    with pytest.raises(InputError) as error:
+        load_pairs(path)
+    said = str(error.value)
+    nothing = "no line has two different responses to one prompt"
+    assert said.startswith(f"{path}: {nothing}; line 2: ")
+    assert re.search(reason, said), said
+    assert "\n" not in said
+
+
+NOTHING = {  # a file -> words that are said of it
+    "": "the file is empty",
+    "\n \n": "the file is empty",
+    "7": "line 1: .*not a JSON object",
+    "null": "line 1: .*not a JSON object",
+    '["prompt"]': "line 1: .*not a JSON object",
+    '{"text": "Hi", "score": 7}': "line 1: .*prompt is empty.*'text', 'score'",
+}
+
+
+@pytest.mark.parametrize("content", NOTHING)
+def test_a_file_without_a_pair_says_what_it_has(content, tmp_path):
+    with pytest.raises(InputError, match=f"one prompt; {NOTHING[content]}"):
+        load_pairs(write(tmp_path, content))
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path):
+    """Windows puts one before UTF-8."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + FIRST)
+    assert load_pairs(path) == [tuple(GOOD.values())]
 
 
 def test_what_looks_odd_is_counted(tmp_path):
     """Repeated pairs, responses that repeat their prompt or spell an end token; none is changed."""
-    ends = [GOOD | {"chosen": f"{i}{end}"} for i, end in enumerate((END, "<|im_end|>\n", "</s>"))]
-    repeats = [
-        GOOD | {"chosen": "2 + 2 = 4"},
-        GOOD | {"chosen": "2 + 2 = 4", "rejected": "2 + 2 ="},
+    lines = [GOOD, GOOD, GOOD]
+    lines.append(GOOD | {"chosen": "0" + END})
+    lines.append(GOOD | {"chosen": "1<|im_end|>\n"})
+    lines.append(GOOD | {"rejected": "2</s>"})
+    lines.append(GOOD | {"chosen": "2 + 2 = 4"})
+    lines.append(GOOD | {"chosen": "2 + 2 = 4", "rejected": "2 + 2 ="})
+    path = write(tmp_path, *lines)
+    found, warned = with_warnings(load_pairs, path)
+    assert found == [tuple(line.values()) for line in lines]
+    assert warned == [
+        f"{path}: pairs that repeat an earlier pair: 2",
+        f"{path}: responses that repeat their prompt: 3",
+        f"{path}: end tokens spelled as text: 3",
     ]
-    lines = [*[GOOD] * 3, *ends, *repeats]
-    with pytest.warns(UserWarning) as warned:
-        assert load_pairs(write(tmp_path, *lines)) == [tuple(line.values()) for line in lines]
-    said = [str(warning.message).split("pairs.jsonl: ")[1] for warning in warned]
-    assert said == ["pairs that repeat an earlier pair: 2", "responses that repeat their prompt: 3",
-                    "end tokens spelled as text: 3"]  # fmt: skip
+
+
+SPACED = {  # prompt, if any, chosen and rejected -> the texts that reach the tokens
+    "texts": ((" \tQ: \n", "\n A\r\n\n", " \u00a0B "), (" \tQ: \n", "\n A\r\n\n", " \u00a0B ")),
+    "messages": (
+        ([HI | {"content": "\n Hi? \n"}], [YES | {"content": " A\n\n"}], [NO | {"content": "B "}]),
+        ("\n\nHuman: \n Hi? \n\n\nAssistant:", "  A\n\n", " B "),
+    ),
+    "a text and a message": (
+        (" Hi? ", "\tA ", [NO | {"content": " B\n"}]),
+        ("\n\nHuman:  Hi? \n\nAssistant:", " \tA ", "  B\n"),
+    ),
+    "dialogues": (
+        ("\n\nHuman:  Hi? \n\n\nAssistant:  A \n", "\n\nHuman:  Hi? \n\n\nAssistant:\tB\n\n"),
+        ("\n\nHuman:  Hi? \n\n\nAssistant:", "  A \n", "\tB\n\n"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPACED)
+def test_white_space_at_the_ends_reaches_the_tokens(case, tmp_path):
+    texts, wanted = SPACED[case]
+    pairs = load_pairs(write(tmp_path, as_line(texts)))
+    row = encode_pairs(pairs, BYTES, 64)[0]
+    prompt, chosen, rejected = wanted
+    assert row.prompt == list(prompt.encode())
+    assert row.chosen == list(chosen.encode()) + [256]
+    assert row.rejected == list(rejected.encode()) + [256]
+    assert row.text == prompt
 
 
 def test_show_by_hand(tmp_path, capsys, monkeypatch):
@@ -160,9 +271,15 @@ def test_show_by_hand(tmp_path, capsys, monkeypatch):
     chosen = f"chosen: 'Q' ':' ['n'] ['o'] ['\\n'] ['{END}'] and 0 of padding\n"
     rejected = f"rejected: 'Q' ':' ['y'] ['{END}'] and 2 of padding\n"
     assert capsys.readouterr().out == f"{chosen}\n{rejected}\n"
-    for wrong in ([], ["missing.jsonl"], [str(path), "klingon"]):
-        monkeypatch.setattr(sys, "argv", ["data.py", *wrong])
-        with pytest.raises(SystemExit, match="^data.py: .*(path|missing.jsonl|klingon)"):
+    for arguments, says in (
+        ([], "^usage: python data.py pairs.jsonl .tokenizer.$"),
+        ([str(path), "bytes", "more"], "^usage: "),
+        (["missing.jsonl"], "^data.py: .*missing.jsonl"),
+        ([str(path), "klingon"], "^data.py: tokenizer klingon"),
+        ([str(write(tmp_path, "{"))], "^data.py: .*pairs.jsonl:1: not a line of JSON"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["data.py", *arguments])
+        with pytest.raises(SystemExit, match=says):
             runpy.run_path(data.__file__, run_name="__main__")
 
 
@@ -171,117 +288,251 @@ def test_show_by_hand(tmp_path, capsys, monkeypatch):
 
 def test_tokenizers(monkeypatch):
     text = "naïve 🙂\n\tx<|endoftext|>"
-    assert BYTES.encode_ordinary(text) == list(text.encode()) and BYTES.eot_token == 256
-    assert BYTES.decode(list(text.encode())) == text and BYTES.n_vocab == 257
+    assert BYTES.encode_ordinary(text) == list(text.encode())
+    assert BYTES.decode(list(text.encode())) == text
+    assert BYTES.eot_token == 256
+    assert BYTES.n_vocab == 257
     words = WORLD.tokenizer.encode_ordinary(" The film was not very dull")
     assert words == [0, 2, 1, 8, 9, 5], "a token of the toy world is a word and the space before it"
     with pytest.raises(InputError, match="tokenizer klingon: not one of bytes, .*gpt2"):
         data.get_tokenizer("klingon")
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: f"tiktoken's {name}")
+    assert data.get_tokenizer("gpt2") == "tiktoken's gpt2"
     monkeypatch.setattr("tiktoken.get_encoding", lambda name: 1 / 0)
     with pytest.raises(InputError, match="gpt2: .*download failed .ZeroDivisionError.*use bytes"):
         data.get_tokenizer("gpt2")
 
 
-def test_encode_pairs_closes_responses_and_cuts_prompts():
+def test_responses_end_in_the_end_token():
     rows = encode_pairs([Pair("ab", "c", ""), Pair("a", "bc", END)], BYTES, 16)
-    assert rows[0] == ([97, 98], [99, 256], [256]), "an empty response is the end token alone"
-    assert rows[1] == ([97], [98, 99, 256], [*END.encode(), 256]), "and one in a text is text"
-    fits = Pair("abcde", "xy", "z"), Pair("a", "z", "x" * 6)
-    with pytest.warns(UserWarning, match="cut on the left to fit 8 tokens: 1"):
-        rows = encode_pairs([Pair("123abcde", "xy", "z"), fits[1]], BYTES, 8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # what fits exactly is neither cut nor dropped
-        assert encode_pairs(fits, BYTES, 8) == rows and bytes(rows[0].prompt) == b"abcde"
-    for bad in (Pair("a", "x" * 7, "z"), Pair("a", "z", "x" * 7), Pair("", "x", "z")):
-        with pytest.warns(UserWarning, match="pairs dropped.* 8 tokens: 1"):
-            assert encode_pairs([bad, *fits], BYTES, 8) == rows
-        with pytest.warns(UserWarning), pytest.raises(InputError, match="no pair fits into 8"):
-            encode_pairs([bad], BYTES, 8)
+    assert rows[0] == ([97, 98], [99, 256], [256], "ab"), "an empty one is the end token alone"
+    spelled = list(END.encode()) + [256]
+    assert rows[1] == ([97], [98, 99, 256], spelled, "a"), "and one in a text is text"
+
+
+def test_no_token_straddles_the_boundary():
+    """In this tokenizer "ab" is one token, but not where it ends the prompt."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks[b"ab"] = 256
+    tokenizer = data.tiktoken.Encoding(
+        "pairs", pat_str=r"(?s:.+)", mergeable_ranks=ranks, special_tokens={END: 257}
+    )
+    assert tokenizer.encode_ordinary("ab") == [256]
+    (row,) = encode_pairs([Pair("xa", "b", "ab")], tokenizer, 16)
+    assert row == ([120, 97], [98, 257], [256, 257], "xa")
+
+
+def test_long_prompts_are_cut_on_the_left():
+    """Until the longer response fits. `text` stays whole, for `split`."""
+    pairs = [
+        Pair("123abcde", "xy", "z"),
+        Pair("45abcde", "y", "xz"),
+        Pair("a", "z", "xxxxxx"),
+    ]
+    rows, warned = with_warnings(encode_pairs, pairs, BYTES, 8)
+    assert [bytes(row.prompt) for row in rows] == [b"abcde", b"abcde", b"a"]
+    assert [row.text for row in rows] == ["123abcde", "45abcde", "a"]
+    assert warned == ["prompts cut on the left to fit 8 tokens: 2"]
+    exactly = [pair._replace(prompt=pair.prompt[-5:]) for pair in pairs]
+    again, warned = with_warnings(encode_pairs, exactly, BYTES, 8)
+    assert [row[:3] for row in again] == [row[:3] for row in rows]
+    assert warned == [], "what fits exactly is neither cut nor dropped"
+
+
+@pytest.mark.parametrize("pair", [("a", "x" * 7, "z"), ("a", "z", "x" * 7), ("", "x", "z")])
+def test_pairs_that_do_not_fit_are_dropped(pair):
+    bad = Pair(*pair)
+    good = Pair("a", "z", "x" * 6)
+    rows, warned = with_warnings(encode_pairs, [bad, good, bad], BYTES, 8)
+    assert rows == encode_pairs([good], BYTES, 8)
+    assert warned == ["pairs dropped, too long for 8 tokens: 2"]
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="no pair fits into 8 tokens"):
+        encode_pairs([bad], BYTES, 8)
 
 
 # Splits, batches, rows
 
-SPLITS = [(10, 0.0, 0), (10, 0.21, 3), (10, 0.3, 3), (10, 0.95, 9), (10, 1.0, 9), (2, 0.1, 1),
-          (1, 0.0, 0), (1, 0.1, 0), (1, 1.0, 0)]  # fmt: skip
+
+def row_of(text, number=0):
+    return TokenPair([1], [number, 2], [3], text)
+
+
+SPLITS = [  # prompts, fraction, prompts held out
+    (10, 0.0, 0),
+    (10, 0.21, 3),
+    (10, 0.3, 3),
+    (10, 0.95, 9),
+    (10, 1.0, 9),
+    (2, 0.1, 1),
+    (1, 0.0, 0),
+    (1, 0.1, 0),
+    (1, 1.0, 0),
+]
 
 
 @pytest.mark.parametrize("prompts, fraction, n", SPLITS)
 def test_split_by_prompt(prompts, fraction, n):
     """n of the prompts are held out, with all their pairs, and at least one never is."""
-    pairs, ever = [Pair(f"{i % prompts}", f"{i}", "no") for i in range(25)], set()
+    rows = [row_of(f"prompt {i % prompts}", i) for i in range(25)]
+    ever = set()
     for seed in range(40):
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            train, held_out = data.split(pairs, fraction, seeded(seed))
-        there = {pair.prompt for pair in held_out}
-        assert len(there) == n, "a fraction of the prompts, rounded up, but one is trained on"
-        assert held_out == [pair for pair in pairs if pair.prompt in there], "with all its pairs"
-        assert train == [pair for pair in pairs if pair.prompt not in there], "one side only"
-        odd = fraction > 0 and (n == 0 or len(held_out) > len(train))
-        said = f"{prompts} prompts: {len(held_out)} of 25 pairs are held out"
-        assert [str(warning.message) for warning in warned] == [said] * odd, "none, or over half"
-        assert odd or data.split(pairs, fraction, seeded(seed)) == (train, held_out), "seeded"
-        ever |= there
-    assert ever == {pair.prompt for pair in pairs} or n == 0, "any prompt may be held out"
+        sides, warned = with_warnings(data.split, rows, fraction, seeded(seed))
+        train, held_out = sides
+        chosen = {row.text for row in held_out}
+        assert len(chosen) == n, "a fraction of the prompts, rounded up, but one is trained on"
+        assert held_out == [row for row in rows if row.text in chosen], "with all its pairs"
+        assert train == [row for row in rows if row.text not in chosen], "one side only"
+        if fraction > 0 and n == 0:
+            assert warned == ["there is only one prompt, so no pair is held out"]
+        elif len(held_out) > len(train):
+            assert warned == [f"{len(held_out)} of 25 pairs are held out, more than half"]
+        else:
+            assert warned == []
+        again, _ = with_warnings(data.split, rows, fraction, seeded(seed))
+        assert again == sides, "the seed alone decides"
+        ever |= chosen
+    if n > 0:
+        assert len(ever) == prompts, "any prompt may be held out"
+
+
+def test_half_of_the_pairs_may_be_held_out_without_a_warning():
+    rows = [row_of(text) for text in ("a", "b", "c", "d")]
+    sides, warned = with_warnings(data.split, rows, 0.5, seeded(0))
+    assert [len(side) for side in sides] == [2, 2]
+    assert warned == []
+
+
+def test_near_duplicates_are_on_one_side():
+    """Prompts that differ in case and white space only."""
+    alike = [
+        ["What is it?", "what  IS it?\n", " what is it ?", "WHAT\tis\u00a0it?", "What is it?"],
+        ["Straße", "STRASSE", "stras se"],
+        ["a", "A", " a "],
+        ["a?", "A ?"],
+    ]
+    rows = [row_of(text, i) for i, texts in enumerate(alike) for text in texts]
+    for seed in range(20):
+        train, held_out = data.split(rows, 0.25, seeded(seed))
+        numbers = {row.chosen[0] for row in held_out}
+        assert len(numbers) == 1, "one of the four prompts"
+        assert held_out == [row for row in rows if row.chosen[0] in numbers]
+        assert train == [row for row in rows if row.chosen[0] not in numbers]
+
+
+def test_a_prompt_that_was_cut_is_still_known():
+    """Two prompts with one end are two; and one that is cut differently twice is one."""
+    pairs = [
+        Pair("1 abcd", "x", "y"),
+        Pair("2 abcd", "x", "y"),
+        Pair("1 abcd", "xxx", "y"),
+    ]
+    rows, _ = with_warnings(encode_pairs, pairs, BYTES, 6)
+    assert rows[0].prompt == rows[1].prompt != rows[2].prompt
+    for seed in range(10):
+        sides, _ = with_warnings(data.split, rows, 0.5, seeded(seed))
+        assert sorted(len(side) for side in sides) == [1, 2]
+        assert [rows[0], rows[2]] in sides
+
+
+def test_what_does_not_fit_has_no_part_in_the_split():
+    """Ten pairs, one of them too long: nine rows, one held out, whatever the seed."""
+    pairs = [Pair(f"prompt {i}", "yes", "no") for i in range(10)]
+    pairs[4] = Pair("prompt 4", "y" * 99, "no")
+    rows, warned = with_warnings(encode_pairs, pairs, BYTES, 32)
+    assert warned == ["pairs dropped, too long for 32 tokens: 1"]
+    for seed in range(40):
+        train, held_out = data.split(rows, 0.1, seeded(seed))
+        assert len(train) == 8
+        assert len(held_out) == 1
+
+
+def epochs_of(size, seed=0, length=lambda i: 1):
+    """The pairs in batches of this size, in three epochs of ten pairs."""
+    rows = [TokenPair([1], [0] * length(i), [0]) for i in range(10)]
+    stream = data.batches(rows, size, seeded(seed))
+    found = [next(stream) for _ in range(math.ceil(30 / size))]
+    assert all(batch.shape == (size,) for batch in found), "(batch_size,), the last one too"
+    return torch.cat(found)[:30].tolist()
 
 
 @pytest.mark.parametrize("size", [1, 4, 5, 10, 15])
 def test_batches_hold_every_pair_once_an_epoch(size):
     """The remainder of an epoch is carried into the next; the order is the seed's alone."""
-
-    def three_epochs(size, seed=0, length=lambda i: 1):
-        rows = [TokenPair([1], [0] * length(i), [0]) for i in range(10)]
-        stream = data.batches(rows, size, seeded(seed))
-        found = [next(stream) for _ in range(math.ceil(30 / size))]
-        assert all(batch.shape == (size,) for batch in found), "(batch_size,), the last one too"
-        return torch.cat(found)[:30].tolist()
-
-    order = three_epochs(size)
+    order = epochs_of(size)
     epochs = [order[:10], order[10:20], order[20:]]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 3, epochs
-    assert epochs[0] != epochs[1] != epochs[2] and list(range(10)) not in epochs, "shuffled anew"
-    assert order == three_epochs(1) != three_epochs(size, seed=1), "the order follows from the seed"
-    if 30 % size == 0:
-        by_length = [sorted(order[i : i + size], key=lambda i: -i) for i in range(0, 30, size)]
-        found = three_epochs(size, length=lambda i: 20 - i)
-        assert found == sum(by_length, []), "the same batches, rows of similar length together"
+    in_order = list(range(10))
+    for epoch in epochs:
+        assert sorted(epoch) == in_order
+        assert epoch != in_order
+    assert epochs[0] != epochs[1] != epochs[2], "each epoch has an order of its own"
+    assert order == epochs_of(1), "the order does not depend on the size of a batch"
+    assert order != epochs_of(size, seed=1), "it follows from the seed"
 
 
-PAIRS = [TokenPair([5, 6], [7, 8, 0], [9, 0]), TokenPair([5], [0], [1, 2, 0])]
+@pytest.mark.parametrize("size", [1, 5, 10, 15])
+@pytest.mark.parametrize("part", ["prompt", "chosen", "rejected"])
+def test_rows_of_similar_length_are_neighbours_within_a_batch(size, part):
+    """The same batches as without lengths; pair i is the longer, the smaller i is."""
+    rows = []
+    for i in range(10):
+        row = TokenPair([1], [0], [0])
+        rows.append(row._replace(**{part: [0] * (20 - i)}))
+    stream = data.batches(rows, size, seeded(0))
+    order = epochs_of(size)
+    for first in range(0, 30, size):
+        batch = order[first : first + size]
+        assert next(stream).tolist() == sorted(batch, reverse=True)
+
+
+TWO_PAIRS = [
+    TokenPair([5, 6], [7, 8, 0], [9, 0]),
+    TokenPair([5], [0], [1, 2, 0]),
+]
 COLLATED = {  # the pairs -> ids and mask, all chosen rows first, then all rejected rows
     (0, 1): ("56780 50000 56900 51200", "00111 01000 00110 01110"),
     (1, 0): ("50000 56780 51200 56900", "01000 00111 01110 00110"),
     (1, 1): ("5000 5000 5120 5120", "0100 0100 0111 0111"),
 }
+COLLATED_SFT = {  # the same without rejected responses
+    (0, 1): ("56780 50000", "00111 01000"),
+    (1, 0): ("50000 56780", "01000 00111"),
+    (1, 1): ("50 50", "01 01"),
+}
+
+
+def digits(tensor):
+    return " ".join("".join(map(str, row)) for row in tensor.int().tolist())
 
 
 @pytest.mark.parametrize("pair_ids", COLLATED, ids=str)
 def test_collate_by_hand(pair_ids):
-    wanted = [[list(map(int, row)) for row in table.split()] for table in COLLATED[pair_ids]]
-    ids, mask = data.collate(PAIRS, list(pair_ids))
-    assert [ids.tolist(), mask.int().tolist()] == wanted
-    assert (ids.dtype, mask.dtype) == (torch.long, torch.bool)
-    ids, mask = data.collate([row._replace(rejected=[]) for row in PAIRS], list(pair_ids))
-    longest = max(len(PAIRS[i].prompt + PAIRS[i].chosen) for i in pair_ids)
-    cut = [[row[:longest] for row in table[:2]] for table in wanted]
-    assert [ids.tolist(), mask.int().tolist()] == cut, "without a rejected response, B rows"
+    ids, mask = data.collate(TWO_PAIRS, pair_ids)
+    assert (digits(ids), digits(mask)) == COLLATED[pair_ids]
+    assert ids.dtype == torch.long
+    assert mask.dtype == torch.bool
+    sft = [row._replace(rejected=[]) for row in TWO_PAIRS]
+    ids, mask = data.collate(sft, pair_ids)
+    assert (digits(ids), digits(mask)) == COLLATED_SFT[pair_ids]
 
 
 def test_nothing_changes_what_it_is_given():
     pairs = [Pair("ab" * 9, "c", "de"), Pair("f", "g" * 6, "h")]
     rows = encode_pairs([Pair("a", "b", "c"), Pair("d", "ef", "g")], BYTES, 16)
     logps = torch.full((2, 1111), -math.log(1111), dtype=torch.float64)
-    drawn = WORLD.draw_pairs(logps, 9, "soft", seeded(0))
-    given = pairs, rows, logps, drawn, WORLD.response_ids, WORLD.prompt_ids
+    drawn = WORLD.draw_pairs(logps, 9, seeded(0))
+    given = [pairs, rows, drawn, WORLD.response_ids, WORLD.prompt_ids]
     kept = copy.deepcopy(given)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        encode_pairs(pairs, BYTES, 12), data.split(pairs, 0.5, seeded(0))
-    data.collate(rows, [1, 0]), next(data.batches(rows, 2, seeded(0)))
-    WORLD.draw_pairs(logps, 9, "hard", seeded(0)), WORLD.rows(drawn), WORLD.corpus(seeded(0), n=9)
+    before = logps.clone()
+    with_warnings(encode_pairs, pairs, BYTES, 12)
+    with_warnings(data.split, rows, 0.5, seeded(0))
+    data.collate(rows, [1, 0])
+    next(data.batches(rows, 2, seeded(0)))
+    WORLD.draw_pairs(logps, 9, seeded(0))
+    WORLD.rows(drawn)
+    WORLD.corpus(seeded(0), n=9)
     WORLD.measure(logps, logps, 1.0)
-    same = str(given) == str(kept) and torch.equal(logps, kept[2])
-    assert same, "an argument, or the world, is changed in place"
+    assert str(given) == str(kept), "an argument, or the world, is changed in place"
+    assert torch.equal(logps, before)
 
 
 # The toy world
@@ -297,83 +548,129 @@ REWARDS = {  # response -> r* after " The film was", after " The hotel was"
 }  # fmt: skip
 
 
-def test_toy_world_by_hand():
-    """1 + 10 + 100 + 1000 different responses; below 3 words with the end token, 10."""
-    rewards = {y: tuple(WORLD.rewards[:, PLACE[y]].tolist()) for y in REWARDS}
-    assert rewards == REWARDS, [y for y in REWARDS if rewards[y] != REWARDS[y]]
-    assert WORLD.rewards.shape == (2, 1111) and len(PLACE) == 1111
-    assert WORLD.prompts == [" The film was", " The hotel was"]
-    for response, ids in zip(WORLD.responses, WORLD.response_ids):
-        words = response.split()
-        assert ids == [WORDS.index(word) for word in words] + [10] * (len(words) < 3)
-    grammatical = itertools.product(("", " not"), ("", " very"), WORDS[4:8])
-    wanted = {f"{no}{very} {word}" for no, very, word in grammatical}
-    assert {WORLD.responses[i] for i in WORLD.grammatical.nonzero()} == wanted
+def test_rewards_by_hand():
+    for response, wanted in REWARDS.items():
+        found = WORLD.rewards[:, PLACE[response]].tolist()
+        assert found == list(wanted), response
+    assert WORLD.rewards.shape == (2, 1111)
+    assert WORLD.rewards.dtype == torch.float64
     lengths = torch.tensor([len(y.split()) for y in WORLD.responses]).double()
-    length_decides = torch.stack([*WORLD.rewards, lengths]).corrcoef()[2, :2]
-    assert length_decides.abs().max() < 0.1, "length must not decide the reward"
+    for rewards in WORLD.rewards:
+        correlation = torch.stack([rewards, lengths]).corrcoef()[0, 1]
+        assert correlation.abs() < 0.1, "length must not decide the reward"
+
+
+def test_every_response_is_listed():
+    """1 + 10 + 100 + 1000 different responses; below 3 words with the end token, 10."""
+    assert len(WORLD.responses) == 1111
+    assert len(PLACE) == 1111
+    assert WORLD.prompts == [" The film was", " The hotel was"]
+    assert WORLD.prompt_ids.tolist() == [[0, 2, 1], [0, 3, 1]]
+    for response, ids in zip(WORLD.responses, WORLD.response_ids, strict=True):
+        wanted = [WORDS.index(word) for word in response.split()]
+        if len(wanted) < 3:
+            wanted.append(10)
+        assert ids == wanted, response
+    grammatical = itertools.product(["", " not"], ["", " very"], WORDS[4:8])
+    sentences = {f"{no}{very} {word}" for no, very, word in grammatical}
+    assert {WORLD.responses[i] for i in WORLD.grammatical.nonzero()} == sentences
+
+
+def corpus_law(slip):
+    """The probability of each response in the corpus, in the order of WORLD.responses: (1111,)."""
+    sentences = []
+    for sentence in itertools.product([[], [8]], [[], [9]], [[4], [5], [6], [7]]):
+        tokens = sum(sentence, [])
+        sentences.append((tokens + [10, 10])[:3])
+    stay = torch.nn.functional.one_hot(torch.tensor(sentences), 11).double()  # (16, 3, 11)
+    a, b, c = ((1 - slip) * stay + slip / 11).unbind(1)
+    joint = torch.einsum("sa,sb,sc->abc", a, b, c) / 16
+    empty = joint[10].sum().view(1)
+    one = joint[:10, 10].sum(-1)
+    two = joint[:10, :10, 10].flatten()
+    three = joint[:10, :10, :10].flatten()
+    return torch.cat([empty, one, two, three])
 
 
 @pytest.mark.parametrize("slip", [0.2, 0.0, 1.0])
 def test_corpus_follows_its_law(slip):
     """16 sentences, equally likely; each of 3 tokens slips, to any of the 11; cut after END."""
-    words = itertools.product(([], [8]), ([], [9]), range(4, 8))
-    sentences = torch.tensor([[*no, *very, word, 10, 10][:3] for no, very, word in words])
-    stay = torch.nn.functional.one_hot(sentences, 11).double()  # (16, 3, 11)
-    of_tokens = ((1 - slip) * stay + slip / 11).unbind(1)
-    joint = torch.einsum("sa,sb,sc->abc", *of_tokens) / 16
-    law = [joint[10].sum()[None], joint[:10, 10].sum(-1), joint[:10, :10, 10].flatten()]
-    law = torch.cat([*law, joint[:10, :10, :10].flatten()])  # in the order of WORLD.responses
-    given = {} if slip == 0.2 else {"slip": slip}  # the default
-    corpus, again, other = (WORLD.corpus(seeded(seed), **given) for seed in (0, 0, 1))
-    assert corpus == again != other and not any(row.rejected for row in corpus)
-    slipped = sum(row.chosen[0] in (0, 1, 2, 3, 10) for row in corpus) / 20_000
-    expect(slipped, slip * 5 / 11, "first tokens that no sentence has: 5 of the 11 slips", 0.007)
+    if slip == 0.2:  # the default
+        corpus = WORLD.corpus(seeded(0))
+    else:
+        corpus = WORLD.corpus(seeded(0), slip=slip)
+    assert not any(row.rejected for row in corpus)
+    no_first_token = [0, 1, 2, 3, 10]  # of a sentence
+    slipped = [row for row in corpus if row.chosen[0] in no_first_token]
+    expect(len(slipped) / 20_000, slip * 5 / 11, "5 of the 11 tokens are such slips", 0.007)
     place = {tuple(ids): y for y, ids in enumerate(WORLD.response_ids)}
-    for prompt in ([0, 2, 1], [0, 3, 1]):
+    for prompt in WORLD.prompt_ids.tolist():
         drawn = [place[tuple(row.chosen)] for row in corpus if row.prompt == prompt]
         assert len(drawn) == 10_000, "each prompt gets half"
-        assert_drawn_from(law, torch.tensor(drawn))
+        assert_drawn_from(corpus_law(slip), torch.tensor(drawn))
 
 
-def test_labels():
+def test_the_corpus_follows_from_the_seed():
+    corpus = WORLD.corpus(seeded(0), n=99)
+    torch.rand(1)  # the global generator has no say
+    assert WORLD.corpus(seeded(0), n=99) == corpus
+    assert WORLD.corpus(seeded(1), n=99) != corpus
+
+
+def test_the_better_response_wins_by_bradley_terry():
     uniform = torch.full((2, 1111), -math.log(1111), dtype=torch.float64)
-    p, lead = {}, {}
-    for labels in ("hard", "soft", "deterministic"):
-        x, chosen, rejected, p[labels] = WORLD.draw_pairs(uniform, 200_000, labels, seeded(0))
-        lead[labels] = WORLD.rewards[x, chosen] - WORLD.rewards[x, rejected]
-        torch.rand(1)  # the global generator has no say
-        again = WORLD.draw_pairs(uniform, 200_000, labels, seeded(0))
-        assert torch.equal(again.chosen, chosen), f"{labels}: the seed alone decides who wins"
-    assert all((p[labels] == 1).all() for labels in ("hard", "deterministic"))
-    assert (lead["deterministic"] >= 0).all(), "deterministic: the higher reward wins"
-    assert (lead["soft"] < 0).double().mean() > 0.3, "soft: the first is chosen, better or not"
-    expect(p["soft"], 1 / (1 + (-lead["soft"]).exp()), "soft: p is Eq. 1's")
+    x, chosen, rejected = WORLD.draw_pairs(uniform, 200_000, seeded(0))
+    lead = WORLD.rewards[x, chosen] - WORLD.rewards[x, rejected]
     for gap in (0.5, 1.0, 2.0):
-        near = lead["hard"][(lead["hard"].abs() - gap).abs() < 0.01]
+        near = lead[(lead.abs() - gap).abs() < 0.01]
         noise = 2 / math.sqrt(len(near))  # 4 standard errors of a coin
+        wins = (near > 0).double().mean()
         why = f"Eq. 1: of two responses {gap} apart the better one wins with sigma({gap})"
-        expect((near > 0).double().mean(), 1 / (1 + math.exp(-gap)), why, noise + 0.002)
+        expect(wins, 1 / (1 + math.exp(-gap)), why, noise + 0.002)
+
+
+def test_no_response_is_drawn_for_two_pairs():
+    """Neighbours share one about as rarely as any two pairs do: 4 times in 1,111."""
+    uniform = torch.full((2, 1111), -math.log(1111), dtype=torch.float64)
+    _, chosen, rejected = WORLD.draw_pairs(uniform, 20_000, seeded(0))
+    pairs = torch.stack([chosen, rejected], dim=1)
+    same = pairs[:-1, :, None] == pairs[1:, None, :]  # (n - 1, 2, 2)
+    share = same.any(-1).any(-1).double().mean()
+    expect(share, 4 / 1111, "how often neighbouring pairs share a response", 0.003)
 
 
 def test_pairs_come_from_the_policy_and_the_seed():
-    logps, law = torch.full((2, 1111), -torch.inf, dtype=torch.float64), {}
-    for x, probs in enumerate(({3: 0.75, 7: 0.25}, {53: 0.1, 57: 0.9})):
-        logps[x, list(probs)] = torch.tensor(list(probs.values())).double().log()
-        both = itertools.product(probs.items(), repeat=2)  # independent, equal ones kept
-        law |= {(x, y, z): p * q / 2 for (y, p), (z, q) in both}
+    """The two responses are independent, and equal ones are kept."""
+    probs = [{3: 0.75, 7: 0.25}, {53: 0.1, 57: 0.9}]
+    logps = torch.full((2, 1111), -torch.inf, dtype=torch.float64)
+    law = {}
+    for x in (0, 1):
+        for y, p in probs[x].items():
+            logps[x, y] = math.log(p)
+            for z, q in probs[x].items():
+                beats = torch.sigmoid(WORLD.rewards[x, y] - WORLD.rewards[x, z])  # Eq. 1
+                law[x, y, z] = p * q * beats.item()
     draws = []
     for seed in (0, 0, 1):
         torch.rand(1)  # the global generator has no say
-        drawn = WORLD.draw_pairs(logps, 8000, "soft", seeded(seed))
-        draws.append(list(zip(*(column.tolist() for column in drawn[:3]))))
-    assert draws[0] == draws[1] != draws[2] and set(draws[0]) <= set(law)
-    drawn = torch.tensor([list(law).index(pair) for pair in draws[0]])
-    assert_drawn_from(torch.tensor(list(law.values())), drawn)
-    assert len(WORLD.draw_pairs(logps, 1, "hard", seeded(0)).p) == 1, "a prompt may get no pair"
-    places = [[1, 0], [PLACE[" not very dull"], 0], [PLACE[" dull"], 1110], [1, 1]]
-    wanted = [([0, 3, 1], [8, 9, 5], [5, 10]), ([0, 2, 1], [10], [9, 9, 9])]
-    assert WORLD.rows(Drawn(*torch.tensor(places))) == wanted, "prompt, chosen, rejected"
+        drawn = WORLD.draw_pairs(logps, 8000, seeded(seed))
+        draws.append(list(zip(*[column.tolist() for column in drawn])))
+    assert draws[0] == draws[1]
+    assert draws[0] != draws[2]
+    assert set(draws[0]) <= set(law)
+    places = [list(law).index(pair) for pair in draws[0]]
+    assert_drawn_from(torch.tensor(list(law.values())), torch.tensor(places))
+    drawn = WORLD.draw_pairs(logps, 1, seeded(0))
+    assert len(drawn.chosen) == 1, "a prompt may get no pair"
+
+
+def test_rows_by_hand():
+    prompt = torch.tensor([1, 0])
+    chosen = torch.tensor([PLACE[" not very dull"], 0])
+    rejected = torch.tensor([PLACE[" dull"], 1110])
+    rows = WORLD.rows(Drawn(prompt, chosen, rejected))
+    assert rows[0][:3] == ([0, 3, 1], [8, 9, 5], [5, 10])
+    assert rows[1][:3] == ([0, 2, 1], [10], [9, 9, 9])
 
 
 def test_logps_of_every_response_are_exact():
@@ -382,14 +679,19 @@ def test_logps_of_every_response_are_exact():
     model = GPT(GPTConfig(11, 8, 16, 1, 2)).double()
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
-    kept, logps = copy.deepcopy(model), WORLD.logps(model)
-    assert logps.shape == (2, 1111) and not logps.requires_grad
+    kept = copy.deepcopy(model)
+    logps = WORLD.logps(model)
+    assert logps.shape == (2, 1111)
+    assert not logps.requires_grad
     expect(logps.exp().sum(-1), [1.0, 1.0], "the listed responses are all there is")
-    for x, y in itertools.product((0, 1), range(0, 1111, 10)):
-        ids = WORLD.prompt_ids[x].tolist() + WORLD.response_ids[y]
-        table = model(torch.tensor([ids]))[0].log_softmax(-1)
-        alone = sum(table[t - 1, ids[t]] for t in range(3, len(ids)))
-        expect(logps[x, y], alone, f"log pi of {WORLD.responses[y]}", 1e-9)
+    for x in (0, 1):
+        for y in range(0, 1111, 10):
+            ids = WORLD.prompt_ids[x].tolist() + WORLD.response_ids[y]
+            table = model(torch.tensor([ids]))[0].log_softmax(-1)
+            alone = 0.0
+            for t in range(3, len(ids)):
+                alone += table[t - 1, ids[t]]
+            expect(logps[x, y], alone, f"log pi of {WORLD.responses[y]}", 1e-9)
     assert all(map(torch.equal, model.parameters(), kept.parameters())), "it trains"
     low = WORLD.logps(model.float())
     assert low.dtype == torch.float64, "so that what is computed from them rounds no further"
@@ -403,22 +705,32 @@ def test_measure_by_hand(beta):
     p = torch.tensor([[0.75, 0.25], [0.5, 0.5]], dtype=torch.float64)  # policy
     q = torch.tensor([[0.5, 0.5], [0.8, 0.2]], dtype=torch.float64)  # reference
     r = torch.tensor([[2, -2], [2, 0]])
-    logps, ref = torch.full((2, 2, 1111), -torch.inf, dtype=torch.float64)
-    for x, two in enumerate(((" good", " dull"), (" good", ""))):
+    logps = torch.full((2, 1111), -torch.inf, dtype=torch.float64)
+    ref = logps.clone()
+    for x, two in enumerate([(" good", " dull"), (" good", "")]):
         places = [PLACE[y] for y in two]
-        logps[x, places], ref[x, places] = p[x].log(), q[x].log()
+        logps[x, places] = p[x].log()
+        ref[x, places] = q[x].log()
     best = q * (r / beta).exp()  # (4), before its normaliser
     best /= best.sum(-1, keepdim=True)
-    kl, missing, gap = ((a * (a / b).log()).sum(-1) for a, b in ((p, q), (p, best), (q, best)))
-    reward, kept = (p * r).sum(-1), (logps.clone(), ref.clone(), WORLD.rewards.clone())
+    reward = (p * r).sum(-1)
+    kl = (p * (p / q).log()).sum(-1)
+    missing = (p * (p / best).log()).sum(-1)
+    gap = (q * (q / best).log()).sum(-1)
+    kept = [logps.clone(), ref.clone(), WORLD.rewards.clone()]
     for prompts in (slice(None), slice(0, 1), slice(1, 2)):
-        wanted = {"expected_reward": reward, "kl": kl, "objective": reward - beta * kl}
-        wanted |= {"kl_to_optimum": missing, "gap_closed": gap}
-        wanted = {name: column[prompts].mean().item() for name, column in wanted.items()}
-        wanted["gap_closed"] = 1 - wanted["kl_to_optimum"] / wanted["gap_closed"]
+        to_optimum = missing[prompts].mean().item()
+        wanted = {
+            "expected_reward": reward[prompts].mean().item(),
+            "kl": kl[prompts].mean().item(),
+            "objective": (reward - beta * kl)[prompts].mean().item(),
+            "kl_to_optimum": to_optimum,
+            "gap_closed": 1 - to_optimum / gap[prompts].mean().item(),
+        }
         assert WORLD.measure(logps, ref, beta, prompts) == pytest.approx(wanted), prompts
     row = WORLD.measure(logps, ref, beta)
-    assert row == WORLD.measure(logps, ref, beta, slice(None)) and type(row["kl"]) is float
+    assert row == WORLD.measure(logps, ref, beta, slice(None)), "all prompts, if none is named"
+    assert all(type(value) is float for value in row.values())
     assert all(map(torch.equal, kept, (logps, ref, WORLD.rewards))), "an argument is changed"
 
 
@@ -427,13 +739,20 @@ def test_measure_says_what_the_paper_says(beta):
     """J(pi*) - J(pi) = beta KL(pi || pi*), and so gap closed is the fraction of J gained."""
     ref, noise = torch.randn(2, 2, 1111, generator=seeded(0)).double().log_softmax(-1)
     best = (ref + WORLD.rewards / beta).log_softmax(-1)  # (4)
-    policies = ref, best, (best + noise).log_softmax(-1)
-    start, end, row = (WORLD.measure(policy, ref, beta) for policy in policies)
-    assert (start["gap_closed"], start["kl"]) == (0, 0), "the reference has closed nothing"
+    start = WORLD.measure(ref, ref, beta)
+    end = WORLD.measure(best, ref, beta)
+    row = WORLD.measure((best + noise).log_softmax(-1), ref, beta)
+    assert start["gap_closed"] == 0, "the reference has closed nothing"
+    assert start["kl"] == 0
     expect([end["gap_closed"], end["kl_to_optimum"]], [1.0, 0.0], "pi* has closed all", 1e-12)
     missed = end["objective"] - row["objective"]
     expect(missed, beta * row["kl_to_optimum"], "J(pi*) - J(pi) = beta KL(pi || pi*)", 1e-9)
     gained = 1 - missed / (end["objective"] - start["objective"])
     expect(row["gap_closed"], gained, "gap closed: (J(pi) - J(ref)) / (J(pi*) - J(ref))", 1e-9)
-    sure = torch.where(torch.arange(1111) == 7, 0.0, -torch.inf).expand(2, -1).double()
-    assert math.isfinite(WORLD.measure(sure, sure, beta)["gap_closed"]), "no gap: no 0 / 0"
+
+
+def test_gap_closed_where_there_is_no_gap():
+    """A reference that is sure of one response is its own optimum: no 0 / 0."""
+    sure = torch.full((2, 1111), -torch.inf, dtype=torch.float64)
+    sure[:, 7] = 0.0
+    assert math.isfinite(WORLD.measure(sure, sure, 1.0)["gap_closed"])

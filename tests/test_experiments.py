@@ -10,7 +10,8 @@ import data
 import dpo
 from experiments import claims, course, frontier, lab, losses, rlhf
 from experiments.lab import WORLD
-from test_dpo import descend, expect
+from model import GPT, load
+from tests.helpers import descend, expect, lines_of, run
 
 PLACE = {y: i for i, y in enumerate(WORLD.responses)}
 
@@ -27,11 +28,46 @@ def sft():
 # lab.py
 
 
+def test_a_step_of_the_lab_is_a_step_of_train_py(tmp_path):
+    """Away from the reference: a run is resumed from a checkpoint that holds another policy."""
+    run(*"--pairs 64 --sft-epochs 0.01 --epochs 1 --save-every 1 --out".split(), tmp_path)
+    policy = lab.new_gpt(5)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in policy.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    checkpoint = load(tmp_path / "checkpoint.pt")
+    checkpoint["step"] = 0
+    checkpoint["model"] = policy.state_dict()
+    checkpoint["optimizer"]["state"] = {}
+    checkpoint["history"] = checkpoint["history"][:1]
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    run("--resume", "--out", tmp_path)
+    line = lines_of(tmp_path)[-1]
+    theirs = load(tmp_path / "checkpoint.pt")["optimizer"]["state"]
+
+    reference = GPT.from_pretrained(tmp_path / "reference")
+    drawn = WORLD.draw_pairs(WORLD.logps(reference), 64, torch.Generator().manual_seed(1))
+    rows = WORLD.rows(drawn)
+    ref_logps = lab.all_logps(reference, rows)
+    optimizer = lab.adamw(policy, line["lr"])
+    losses, grad_norm = lab.train_step(
+        policy, optimizer, rows, torch.arange(64), ref_logps=ref_logps
+    )
+    assert line["margin"] > 0.1 or line["margin"] < -0.1, "the policy is the reference"
+    expect(losses.mean(), line["loss"], "the loss of lab.train_step (got), of train.py", 1e-5)
+    expect(grad_norm / line["grad_norm"], 1.0, "the gradient norm, divided by train.py's", 1e-5)
+    ours = optimizer.state_dict()["state"]
+    for index, state in ours.items():
+        moment = state["exp_avg"]
+        why = f"AdamW's first moment of parameter {index}: lab's (got), train.py's"
+        expect(moment, theirs[index]["exp_avg"], why, 1e-5 * moment.abs().max().item() + 1e-9)
+
+
 def test_training_through_the_table_is_training_on_rows(sft, monkeypatch):
     """The same losses and the same gradient of every weight as data.collate's rows give; a loss
     gets beta, its own settings and the lengths that it names. The reference stays as it is."""
     model, ref = sft
-    drawn = WORLD.draw_pairs(ref, 64, "hard", torch.Generator().manual_seed(0))
+    drawn = WORLD.draw_pairs(ref, 64, torch.Generator().manual_seed(0))
     start = ref - 0.1 * torch.randn(ref.shape, generator=torch.Generator().manual_seed(1))
     x, both = drawn.prompt, torch.stack([drawn.chosen, drawn.rejected])
     ids, mask = data.collate(WORLD.rows(drawn), range(64))
@@ -142,7 +178,7 @@ def test_reward_model_starts_at_log_2_and_learns_eq2(sft):
     zero = rlhf.score(rlhf.Scalar(model), torch.tensor([0, 1]), torch.tensor([5, 900]))
     loss = dpo.reward_model_loss(zero[:1], zero[1:])
     expect(loss.detach(), [math.log(2)], "Eq. 2 where both rewards are 0", 1e-6)
-    drawn = WORLD.draw_pairs(ref, 10_000, "hard", torch.Generator().manual_seed(0))
+    drawn = WORLD.draw_pairs(ref, 10_000, torch.Generator().manual_seed(0))
     rewards = rlhf.train_reward_model(model, drawn, epochs=1)
     expect((ref.exp() * rewards).sum(-1), [0.0, 0.0], "E_ref[r_phi], section 3")
     found = lab.agreement(rewards, ref)

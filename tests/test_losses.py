@@ -3,15 +3,32 @@
 DPO_MODULE=my_dpo python -m pytest tests/test_losses.py -k convex   grades your own f in LOSSES
 """
 
+import itertools
 import math
 
 import pytest
 import torch
 
 from experiments import losses as more
-from test_dpo import BEST, BETA, LABELS, LOSSES, PAIRS, RANKINGS, REF, REWARDS, WEIGHTS, I, J
-from test_dpo import descend, dpo, expect, f64
-from test_logps import Fixed
+from tests.helpers import Fixed, descend, expect, load_dpo
+
+dpo = load_dpo()
+f64 = torch.float64
+
+# The two pairs of test_dpo.py: margins 1 and -3.5 at beta 1/2. Policy w, l; reference w, l.
+BETA = 0.5
+PAIRS = torch.tensor([[-2, -6], [-4, -1], [-3, -3], [-3, -5]], dtype=f64)
+LOSSES = [0.31326168751822286, 3.5297504182726205]  # log(1 + e^-1), log(1 + e^3.5)
+WEIGHTS = [0.2689414213699951, 0.9706877692486436]  # sigma(-1), sigma(3.5)
+
+# 2 prompts, and to each 27 responses; pi* of Eq. 4; every pair of responses, labelled by Eq. 1.
+random = torch.Generator().manual_seed(1)
+REF = torch.randn(2, 27, generator=random, dtype=f64).log_softmax(-1)
+REWARDS = torch.randn(2, 27, generator=random, dtype=f64)
+BEST = (REF + REWARDS / BETA).log_softmax(-1)
+I, J = torch.triu_indices(27, 27, offset=1)
+LABELS = 1 / (1 + (REWARDS[:, J] - REWARDS[:, I]).exp())  # (2, 351)
+RANKINGS = torch.tensor(list(itertools.permutations(range(4))))
 
 # All pairs of responses, drawn from the reference: the share in which Y1 wins over Y2 (equal pairs
 # kept, so half of it for each order), and S(y), how often y beats a draw from the reference.
@@ -35,7 +52,7 @@ def derivatives(loss, logps, **settings):
     return grad
 
 
-# Margins 1 and -3.5 (test_dpo.py). With softplus(-1) = 0.3133 and softplus(3.5) = 3.5298:
+# Margins 1 and -3.5. With softplus(-1) = 0.3133 and softplus(3.5) = 3.5298:
 #   cdpo    softplus(-m) + epsilon m                    0.3133 + 0.2,  3.5298 - 0.7
 #   robust  softplus(-m) - m epsilon / (1 - 2 epsilon)  0.3133 - 1/3,  3.5298 + 3.5/3
 #   ipo     ((m - 1/2) / beta)^2                        1, 64

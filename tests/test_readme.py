@@ -38,17 +38,12 @@ def numbers(text):
     return {int(n) for n in re.findall(r"\b\d+\b", text)}
 
 
-def test_readme_is_two_screens(readme):
-    assert readme.count("\n") <= 200 and len(readme.split()) <= 2000
-    assert not re.search(r"@[A-Z0-9]+@", readme), "a number was never filled in"
-
-
 def test_flags_and_names(root, texts, capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
     flags = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) | {"--help"}
-    flags |= {"--quick", "--generated", "--nproc_per_node"}  # not of train.py
-    flags |= {"--steps", "--shape", "--batch", "--grow", "--scale", "--check"}  # of the bench
+    flags |= {"--quick", "--generated", "--nproc_per_node", "--index-url"}  # not of train.py
+    flags |= {"--steps", "--shape", "--batch", "--grow", "--scale"}  # of the bench
     for folder, text in texts.items():
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text)) <= flags
         named = re.findall(r"`((?:\w+/)*\w+\.(?:py|ipynb|txt|md))`", text)
@@ -146,13 +141,12 @@ def test_the_example_file_loads(readme, tmp_path):
     assert len(data.load_pairs(tmp_path / "pairs.jsonl")) == 3
 
 
-def test_ci_runs_the_test_command_of_the_readme(root, readme):
-    commands = re.findall(r"^python3 -m venv .*$", readme, re.MULTILINE)
-    ends = [command.split("&& ")[-1] for command in commands]
-    assert ends == [".venv/bin/python train.py", ".venv/bin/python -m pytest"]
+def test_ci_runs_the_commands_of_the_readme(root, readme):
     ci = (root / ".ci" / "run").read_text()
-    assert "command=$(grep --max-count=1 -- '-m pytest$' README.md)\n" in ci
-    assert 'bash -c "$command"\n.venv/bin/python -m pytest -m slow\n' in ci
+    for command in ("pip install -r requirements.txt", "python -m pytest"):
+        assert f"\n{command}\n" in readme, f"README does not say {command} on a line of its own"
+        assert f'"{command}"' in ci, f".ci/run does not run README's {command}"
+    assert ci.endswith("python -m pytest -m slow\n")
 
 
 @pytest.mark.slow

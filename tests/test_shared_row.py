@@ -7,8 +7,7 @@ import data
 import dpo
 from data import TokenPair
 from experiments import shared_row
-from test_dpo import expect, gpt
-from test_logps import END, ORDERS, ROWS, SFT, V, one_at_a_time
+from tests.helpers import END, ORDERS, ROWS, SFT, expect, gpt, one_at_a_time
 
 ROW = {  # the pair -> ids, positions, and (target, place that predicts it) of chosen, of rejected
     "they differ at once": (
@@ -103,7 +102,7 @@ def test_low_precision_is_summed_in_float32(monkeypatch):
     exact, got = (shared(model, ROWS, ORDERS[0]) for model in (gpt(0), gpt(0).float()))
     expect(got / exact, torch.ones(2, len(ROWS)), "float32 relative to float64", 1e-5)
     batch = shared_row.collate([TokenPair([1], [2] * 200, [3] * 100)], [0])
-    logits = (5 * torch.randn(len(batch.at), V)).bfloat16()
+    logits = (5 * torch.randn(len(batch.at), 5)).bfloat16()
     monkeypatch.setattr(shared_row, "forward", lambda model, batch: model)
     got, exact = (shared_row.response_logps(x, batch) for x in (logits, logits.double()))
     assert got[0].dtype == torch.float32, "log-softmax and sums belong in float32 at least"

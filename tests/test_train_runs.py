@@ -1,52 +1,35 @@
-"""A run that is stopped and resumed, started in a folder that is taken, shared among processes."""
+"""A run that is stopped and resumed, and the folders that it may write to."""
 
-import contextlib
-import io
-import itertools
 import json
-import os
-import re
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
-import warnings
+from pathlib import Path
 
 import pytest
-import torch
 
 import data
 import train
 from model import load
-from test_dpo import expect, gpt
-from test_logps import ROWS
-from test_train import ROOT, SMALL, alike, lines_of, oracle, run, same_weights, settings, spy
-from test_train import quick, step, summary_of, write_pairs  # noqa: F401
+from tests.helpers import (
+    files_of,
+    json_of,
+    run,
+    same_weights,
+    stop_before_rename,
+    stop_before_step,
+    stop_in_save,
+    write_pairs,
+)
 
-TOY = "--batch-size 32 --pairs 320 --epochs 2 --sft-epochs 0.016".split()  # 10 and 20 steps
-TOY += ["--save-every", 8, "--eval-every", 5]
-
-
-def stop(patch, where, *flags, kill=False):
-    """A run that ends at one call of a function, by Ctrl-C or kill -9; half a file is written."""
-    (module, name, call), calls = where, []
-    real = getattr(module, name)
-
-    def counted(*args):
-        calls.append(args)
-        if len(calls) == call:
-            if module is torch:
-                args[1].write(b"half a file")
-                args[1].flush()
-            if kill:
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise KeyboardInterrupt
-        return real(*args)
-
-    with patch.context() as once, pytest.raises(KeyboardInterrupt):
-        once.setattr(module, name, counted)
-        run(*flags)
+ROOT = Path(train.__file__).parent
+# 27 pairs or so in batches of 8: 4 steps of SFT and 7 of DPO, with checkpoints at 3 and 6
+SMALL = "--n-layer 1 --n-embd 8 --block-size 64 --sft-epochs 1 --epochs 2 --batch-size 8".split()
+SMALL += ["--lr", 0.1, "--evaluations", 3, "--save-every", 3]
+# 10 steps of SFT and 20 of DPO, with checkpoints at 8 and 16
+TOY = "--batch-size 32 --pairs 320 --epochs 2 --sft-epochs 0.016 --save-every 8".split()
+TOY += ["--evaluations", 2]
 
 
 def assert_same_run(out, whole):
@@ -54,306 +37,340 @@ def assert_same_run(out, whole):
     for name in ("reference", "policy"):
         assert same_weights(out / name, whole / name), f"{name} is not that of a whole run"
     assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
-    assert summary_of(out)["rows"] == summary_of(whole)["rows"]
-
-
-def files_of(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert json_of(out / "summary.json")["rows"] == json_of(whole / "summary.json")["rows"]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run that nothing disturbs."""
-    out = tmp_path_factory.mktemp("whole")
-    run(*TOY, "--out", out)
+def pairs(tmp_path_factory):
+    """A file of 30 pairs that nothing is to be warned of."""
+    path = write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
+    lines = path.read_text().splitlines()[:30]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(pairs, tmp_path_factory):
+    """A run on pairs that nothing disturbs."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert len(run("--data", pairs, *SMALL, "--out", out).rates) == 4 + 7
     return out
 
 
-@pytest.fixture
-def pairs(tmp_path):
-    return write_pairs(tmp_path / "pairs.jsonl")
+@pytest.fixture(scope="module")
+def whole_toy(tmp_path_factory):
+    out = tmp_path_factory.mktemp("toy") / "out"
+    assert len(run(*TOY, "--out", out).rates) == 10 + 20
+    return out
 
 
 # Resume
 
-POINTS = {  # where a run stops: the function, at which call -> steps that are left
-    (train, "update", 4): 30,  # in SFT
-    (torch, "save", 1): 30,  # while the reference is written
-    (train, "all_logps", 2): 20,
-    (train, "update", 10 + 5): 20,  # in DPO, before a checkpoint
-    (train, "update", 10 + 9): 12,  # right after one
-    (train, "update", 10 + 13): 12,  # some steps after
-    (torch, "save", 3): 12,  # while the second one is written
-    (torch, "save", 4): 4,  # while the policy is
-}
+
+POINTS = [  # how and where a run stops, and the steps that are then left
+    (stop_before_step, 3, 11),  # in SFT
+    (stop_in_save, 1, 11),  # while the reference is written
+    (stop_before_rename, "reference/config.json", 11),
+    (stop_before_step, 4 + 1, 7),  # the reference is there, no step of DPO is
+    (stop_before_step, 4 + 3, 7),  # before the first checkpoint
+    (stop_in_save, 2, 7),  # while it is written
+    (stop_before_rename, "checkpoint.pt", 7),
+    (stop_before_step, 4 + 4, 4),  # right after it
+    (stop_before_step, 4 + 6, 4),  # some steps after
+    (stop_in_save, 3, 4),  # while the second one is written
+    (stop_before_step, 4 + 7, 1),
+    (stop_in_save, 4, 1),  # while the policy is written
+    (stop_before_rename, "policy/config.json", 1),
+    (stop_before_rename, "summary.json", 1),
+]
 
 
-@pytest.mark.parametrize("where", POINTS, ids=lambda where: f"{where[1]} {where[2]}")
-def test_a_stopped_run_is_resumed_to_the_same_weights(where, whole, tmp_path, monkeypatch):
-    stop(monkeypatch, where, *TOY, "--out", tmp_path)
-    assert not (tmp_path / "summary.json").exists()
-    if where == (torch, "save", 3):
-        assert load(tmp_path / "checkpoint.pt")["step"] == 8, "the first one is still whole"
-    updates = spy(monkeypatch, train, "update")
-    run("--resume", "--out", tmp_path)
-    assert len(updates) == POINTS[where], "what is done is not done again"
+@pytest.mark.parametrize("stop, where, left", POINTS)
+def test_a_stopped_run_is_resumed_to_the_same_weights(stop, where, left, whole, pairs, tmp_path):
+    """With its own settings, and nothing that is done is done again."""
+    out = tmp_path / "out"
+    stop(where, "--data", pairs, *SMALL, "--out", out)
+    assert not (out / "summary.json").exists()
+    if left == 4:
+        assert load(out / "checkpoint.pt")["step"] == 3, "the first checkpoint is whole"
+    resumed = run("--resume", "--out", out)
+    assert len(resumed.rates) == left
+    assert ("beginning a new run" in resumed.printed) == (left == 11)
+    assert resumed.warned == []
+    assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize("where, left", [(10 + 1, 20), (10 + 13, 12)])
+def test_so_is_a_toy_run(where, left, whole_toy, tmp_path):
+    """Its pairs are drawn again, from the reference: the half-trained policy would draw others."""
+    stop_before_step(where, *TOY, "--out", tmp_path)
+    assert len(run("--resume", "--out", tmp_path).rates) == left
+    assert_same_run(tmp_path, whole_toy)
+
+
+def test_a_run_is_stopped_twice(whole, pairs, tmp_path):
+    stop_before_step(4 + 5, "--data", pairs, *SMALL, "--out", tmp_path)
+    stop_before_step(4, "--resume", "--out", tmp_path)  # after the checkpoint at 6
+    assert load(tmp_path / "checkpoint.pt")["step"] == 6
+    assert len(run("--resume", "--out", tmp_path).rates) == 1
     assert_same_run(tmp_path, whole)
+
+
+def test_a_finished_run_is_resumed_without_a_step(whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "out")
+    checkpoint = load(out / "checkpoint.pt")
+    run("--resume", "--save-every", 1, "--out", out)
+    assert load(out / "checkpoint.pt")["step"] == checkpoint["step"] + 1
+    assert run("--resume", "--out", out).rates == []
+    assert_same_run(out, whole)
+
+
+LONG = "--batch-size 32 --pairs 6400 --epochs 2 --sft-epochs 0.1 --save-every 30".split()
+LONG += ["--evaluations", "20"]  # 63 steps of SFT, and 400 of DPO
+
+
+@pytest.fixture(scope="module")
+def whole_long(tmp_path_factory):
+    out = tmp_path_factory.mktemp("long") / "out"
+    run(*LONG, "--out", out)
+    return out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["train, 'update', 4", "train, 'update', 23", "torch, 'save', 3"])
-def test_a_killed_run_is_resumed_to_the_same_weights(where, whole, tmp_path):
-    flags = [*map(str, TOY), "--out", str(tmp_path)]
-    code = "import pytest, torch, train; from test_train_runs import stop\n"
-    code += f"stop(pytest.MonkeyPatch(), ({where}), *{flags}, kill=True)"
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    run("--resume", "--out", tmp_path)
-    assert_same_run(tmp_path, whole)
+@pytest.mark.parametrize("phase, number", [("SFT", 5), ("DPO", 4), ("DPO", 13)])
+def test_a_killed_run_is_resumed_to_the_same_weights(phase, number, whole_long, tmp_path):
+    """kill -9, as soon as so many lines of this phase are printed."""
+    command = [sys.executable, ROOT / "train.py", *LONG, "--out", tmp_path / "out"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    lines = 0
+    while lines < number:
+        lines += process.stdout.readline().startswith(phase)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+    assert not (tmp_path / "out/summary.json").exists()
+    run("--resume", "--out", tmp_path / "out")
+    assert_same_run(tmp_path / "out", whole_long)
 
 
-def test_resume_refuses_what_is_not_its_run(whole, tmp_path):
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    config, before = json.loads((tmp_path / "config.json").read_text()), files_of(tmp_path)
-    with pytest.raises(SystemExit):
-        run("--resume", "--lr", 0.5, "--out", tmp_path)
-    assert files_of(tmp_path) == before
-    for other in ({"model_type": "gpt2"}, config | {"made_by": "somebody"}, config | {"crc": 1}):
-        (tmp_path / "config.json").write_text(json.dumps(other))
-        with pytest.raises((data.InputError, SystemExit), match="2|no run of train.py on these"):
-            run("--resume", "--out", tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"device": "cuda:9"}))
-    run("--resume", "--device", "cpu", "--out", tmp_path)  # another device is no other run
-    assert_same_run(tmp_path, whole)
+# What --resume takes, warns of, and refuses
+
+
+@pytest.fixture
+def stopped(pairs, tmp_path):
+    """A run that has stopped in DPO, after the checkpoint at 3."""
+    out = tmp_path / "stopped"
+    stop_before_step(4 + 5, "--data", pairs, *SMALL, "--out", out)
+    return out
+
+
+def test_with_nothing_to_resume_a_new_run_begins(whole, pairs, tmp_path):
+    """So that a job that is queued again needs one command."""
+    command = ["--resume", "--data", pairs, *SMALL, "--out", tmp_path / "out"]
+    begun = run(*command)
+    assert f"beginning a new run in {tmp_path / 'out'}" in begun.printed
+    assert begun.warned == []
+    assert_same_run(tmp_path / "out", whole)
+    again = run(*command)
+    assert len(again.rates) == 1
+    assert "beginning" not in again.printed
+    assert again.warned == []
+
+
+def test_some_flags_may_change_without_a_word(stopped, pairs, tmp_path):
+    """How it is computed and watched, and where the pairs lie."""
+    moved = shutil.copy(pairs, tmp_path / "moved.jsonl")
+    flags = "--micro-batch-size 3 --device cpu --dtype bfloat16 --evaluations 1 --save-every 1"
+    resumed = run("--resume", "--data", moved, *flags.split(), "--out", stopped)
+    assert resumed.warned == []
+    assert len(resumed.rates) == 4
+    assert load(stopped / "checkpoint.pt")["step"] == 7
+    config = json_of(stopped / "config.json")
+    assert config["micro_batch_size"] == 3, "config.json holds what is in force"
+    assert config["data"] == str(moved)
+    assert config["lr"] == 0.1
+
+
+def test_other_flags_are_named_in_one_warning(stopped):
+    """With the settings as they were. What is given again as it was is no change."""
+    resumed = run("--resume", "--lr", 0.02, "--beta", 0.3, "--seed", 0, "--out", stopped)
+    [warning] = resumed.warned
+    assert "\n" not in warning
+    for part in ("lr", "0.1", "beta", "None"):
+        assert part in warning
+    assert "seed" not in warning
+    assert resumed.rates[0] == pytest.approx(0.02 * 4 / 6), "the new rate, in step 4 of 7"
+    assert json_of(stopped / "config.json")["lr"] == 0.02
+    assert run("--resume", "--lr", 0.02, "--out", stopped).warned == [], "that is now its own"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--n-embd 16", "--n-layer 2", "--n-head 2", "--block-size 32", "--optimizer rmsprop"],
+)
+def test_what_does_not_fit_is_refused(flags, stopped, capsys):
+    """In one line, with exit status 2, before anything is written."""
+    before = files_of(stopped)
+    with pytest.raises(SystemExit) as raised:
+        run("--resume", *flags.split(), "--out", stopped)
+    assert raised.value.code == 2
+    error = capsys.readouterr().err.strip()
+    name = flags.split()[0].removeprefix("--").replace("-", "_")
+    assert name in error.splitlines()[-1].replace("-", "_")
+    assert files_of(stopped) == before
+
+
+def test_a_toy_run_is_not_resumed_on_pairs(whole_toy, pairs, tmp_path):
+    """Its model knows other tokens."""
+    out = shutil.copytree(whole_toy, tmp_path / "out")
+    before = files_of(out)
+    with pytest.raises((SystemExit, data.InputError)):
+        run("--resume", "--data", pairs, "--out", out)
+    assert files_of(out) == before
+
+
+def test_other_pairs_are_warned_of(stopped, pairs, tmp_path):
+    """Also if there are as many. They may be what the user wants."""
+    text = pairs.read_text()
+    other = tmp_path / "other.jsonl"
+    other.write_text(text.replace("please", "thanks"))
+    [warning] = run("--resume", "--data", other, "--out", stopped).warned
+    assert "pairs" in warning
+
+
+def test_what_init_names_is_not_read_again(whole, pairs, tmp_path):
+    init = shutil.copytree(whole / "policy", tmp_path / "init")
+    flags = ["--data", pairs, *SMALL, "--tokenizer", "bytes", "--init", init, "--out"]
+    run(*flags, tmp_path / "whole")
+    stop_before_step(4 + 5, *flags, tmp_path / "out")
+    shutil.rmtree(init)
+    run("--resume", "--out", tmp_path / "out")
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_folder_that_has_moved_is_resumed(stopped, whole, tmp_path):
+    moved = stopped.rename(tmp_path / "moved")
+    run("--resume", "--out", moved)
+    assert_same_run(moved, whole)
+    assert not stopped.exists()
+
+
+def test_a_damaged_checkpoint_is_named(stopped):
+    (stopped / "checkpoint.pt").write_bytes(b"half a file")
+    with pytest.raises(OSError, match="checkpoint.pt"):
+        run("--resume", "--out", stopped)
 
 
 # Folders
 
 
-def test_a_new_run_leaves_nothing_of_an_old_one_to_be_resumed(whole, tmp_path, monkeypatch):
-    """It stops in SFT, in the folder of a finished run. A toy run may also be begun anew."""
-    out, flags = tmp_path / "out", [*TOY, "--seed", 1, "--out"]
-    run(*flags, tmp_path / "wanted")
-    shutil.copytree(whole, out)
-    for again in (["--resume", "--out"], flags):
-        stop(monkeypatch, (train, "update", 3), *flags, out)
-        left = {str(path.relative_to(out)) for path in out.rglob("*.*") if path.suffix != ".bin"}
-        assert left == {"config.json", "metrics.jsonl"}
-        run(*again, out)
-        assert_same_run(out, tmp_path / "wanted")
+def assert_refused(says, *flags):
+    """In one line, before anything is written: no file in the folder of --out changes."""
+    folder = Path(flags[-1]).parent
+    before = files_of(folder)
+    with pytest.raises((data.InputError, OSError), match=says) as raised:
+        run(*flags)
+    assert "\n" not in str(raised.value)
+    assert files_of(folder) == before
 
 
-def test_a_run_on_real_pairs_is_kept(pairs, tmp_path, monkeypatch):
-    """It is not overwritten, from its first second on and when it has ended, and not resumed on
-    other pairs, held-out ones included."""
-    out, flags, text = tmp_path / "out", ["--data", pairs, *SMALL, "--out"], pairs.read_text()
-    run(*flags, tmp_path / "whole")
-    stop(monkeypatch, (train, "update", 1), *flags, out)
-    before = files_of(out)
-    for command, where in itertools.product((flags, [*TOY, "--out"]), (out, tmp_path / "whole")):
-        with pytest.raises(data.InputError, match="holds a run on pairs: --resume"):
-            run(*command, where)
-    for other in (*(text.replace(f"Say {i} ", "Tell ") for i in range(15)), f"{text}\n{text}"):
-        pairs.write_text(other)
-        with pytest.raises(data.InputError, match="on these pairs"):
-            run("--resume", "--out", out)
-    assert files_of(out) == before
-    pairs.write_text(text)
-    run("--resume", "--out", out)
-    assert_same_run(out, tmp_path / "whole")
+@pytest.mark.parametrize("state", ["finished", "stopped"])
+def test_a_run_on_pairs_is_never_overwritten(state, whole, stopped, pairs):
+    out = {"finished": whole, "stopped": stopped}[state]
+    for command in (["--data", pairs, *SMALL], TOY, []):
+        assert_refused("--resume", *command, "--out", out)
 
 
-@pytest.mark.parametrize("kind", ["toy", "real"])
-@pytest.mark.parametrize("what", ["notes.txt", "config.json", "policy/config.json", "is a file"])
-def test_files_of_others_stay_as_they_are(what, kind, pairs, tmp_path):
-    out = tmp_path / "out"
-    (out / what).parent.mkdir(parents=True)
-    (out / what).write_text('{"model_type": "gpt2"}')
-    before = files_of(tmp_path)
-    with pytest.raises((data.InputError, OSError), match="something else|Not a directory"):
-        flags = TOY if kind == "toy" else ["--data", pairs, *SMALL]
-        run(*flags, "--out", out / what if what == "is a file" else out)
-    assert files_of(tmp_path) == before
+def test_before_its_reference_is_complete_it_is_no_run(whole, pairs, tmp_path):
+    """Nothing is lost. config.json alone is no run."""
+    flags = ["--data", pairs, *SMALL, "--out", tmp_path]
+    stop_before_step(3, *flags)
+    assert (tmp_path / "config.json").exists()
+    run(*flags)
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("kind", ["toy", "pairs"])
+def test_a_toy_run_may_be_overwritten(kind, whole, whole_toy, pairs, tmp_path):
+    out = shutil.copytree(whole_toy, tmp_path / "out")
+    if kind == "toy":
+        run(*TOY, "--seed", 1, "--out", out)
+        assert not same_weights(out / "policy", whole_toy / "policy")
+    else:
+        run("--data", pairs, *SMALL, "--out", out)
+        assert_same_run(out, whole)
+
+
+def test_a_new_run_leaves_nothing_of_an_old_one_to_be_resumed(whole, whole_toy, pairs, tmp_path):
+    """It stops in SFT, in the folder of a finished run."""
+    out = shutil.copytree(whole_toy, tmp_path / "out")
+    stop_before_step(3, "--data", pairs, *SMALL, "--out", out)
+    for stale in ("summary.json", "checkpoint.pt", "policy/config.json"):
+        assert not (out / stale).exists(), "nobody shall take it for the new run's"
+    resumed = run("--resume", "--out", out)
+    assert len(resumed.rates) == 4 + 7
+    assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize("kind", ["toy", "pairs"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "policy/config.json",
+        "reference/pytorch_model.bin",
+        "metrics.jsonl",
+        "checkpoint.pt",
+        "curves.png",
+        "summary.json",
+    ],
+)
+def test_files_of_others_stay_as_they_are(name, kind, pairs, tmp_path):
+    """Of every name that a run writes, in a folder that train.py has not made."""
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text('{"model_type": "gpt2"}')
+    flags = TOY if kind == "toy" else ["--data", pairs, *SMALL]
+    assert_refused(name.split("/")[0], *flags, "--out", tmp_path / "out")
+    assert_refused(name.split("/")[0], "--resume", *flags, "--out", tmp_path / "out")
+
+
+def test_the_config_of_another_program_is_not_ours(whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "out")
+    config = json_of(out / "config.json")
+    (out / "config.json").write_text(json.dumps(config | {"made_by": "somebody"}))
+    assert_refused("config.json", "--out", out)
+
+
+def test_out_may_not_be_a_file(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert_refused("file", *TOY, "--out", tmp_path / "file")
+    assert_refused("file", *TOY, "--out", tmp_path / "file/out")
+
+
+def test_a_log_is_no_reason(whole, pairs, tmp_path):
+    """`python train.py | tee out/log` makes the folder before the run does."""
+    (tmp_path / "log").write_text("a line\n")
+    (tmp_path / ".gitkeep").touch()
+    run("--data", pairs, *SMALL, "--out", tmp_path)
+    assert_same_run(tmp_path, whole)
+    assert (tmp_path / "log").read_text() == "a line\n"
 
 
 @pytest.mark.parametrize("init", ["", "policy", "policy/../reference"])
-def test_a_run_does_not_overwrite_what_it_starts_from(init, whole, tmp_path):
-    shutil.copytree(whole / "policy", tmp_path, dirs_exist_ok=True)
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    config = (tmp_path / "policy/config.json").read_text()  # of a model, and of a run
-    config = json.loads(config) | json.loads((whole / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    before = files_of(tmp_path)
-    with pytest.raises(data.InputError, match="holds --init"):
-        run(*TOY, "--init", tmp_path / init, "--out", tmp_path)
-    assert files_of(tmp_path) == before
+def test_a_run_does_not_overwrite_what_it_starts_from(init, whole_toy, tmp_path):
+    """Though it would be a toy run, which may be overwritten."""
+    out = shutil.copytree(whole_toy, tmp_path / "out")
+    config = json_of(out / "policy/config.json")  # of a model, and of a run
+    (out / "config.json").write_text(json.dumps(config | json_of(out / "config.json")))
+    shutil.copy(out / "policy/pytorch_model.bin", out)
+    assert_refused("holds --init", *TOY, "--init", out / init, "--out", out)
 
 
-# The command line
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_the_script_says_it_in_one_line(pairs, tmp_path, monkeypatch, capsys):
-    """Exit status 2, or 130 after Ctrl-C. A letter that a terminal cannot show loses nothing."""
-    monkeypatch.setattr(warnings, "formatwarning", None)
-
-    def ctrl_c(*_):
-        raise KeyboardInterrupt
-
-    def script(*flags):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-
-    for flags, code, says in (
-        (["--data", tmp_path / "missing.jsonl"], 2, "train.py: .*missing.jsonl.*\n"),
-        (["--loss", "nonsense"], 2, "train.py: --loss nonsense: not dpo, .*\n"),
-        (["--data", pairs], 130, "\ninterrupted: .* --resume continues\n"),
-    ):
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as raised:
-            patch.setattr(data, "split", ctrl_c)
-            script(*flags)
-        assert raised.value.code == code and re.fullmatch(says, capsys.readouterr().err)
-    pairs.write_text(pairs.read_text().replace("Say", "Caf\\u00e9"))
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True))
-    script("--data", pairs, *SMALL, "--out", tmp_path / "out")
-    assert b"\nCaf? " in sys.stdout.buffer.getvalue() and (tmp_path / "out/policy").exists()
-    assert warnings.formatwarning("text", UserWarning, "file", 1) == "warning: text\n"
-    for i, stdout in enumerate((io.StringIO(), None)):  # as in Jupyter, and closed as by >&-
-        monkeypatch.setattr(sys, "stdout", stdout)
-        script("--data", pairs, *SMALL, "--out", tmp_path / f"{i}")
-        assert (tmp_path / f"{i}/policy").exists() and (i or "after DPO" in stdout.getvalue())
-
-
-def test_a_clock_may_stand_still(pairs, tmp_path, monkeypatch):
-    """Some tick every 16 ms: no time may seem to have passed between two steps."""
-    monkeypatch.setattr(train.time, "perf_counter", lambda: 1.0)
-    assert run("--data", pairs, *SMALL, "--out", tmp_path / "out")[0]["seconds"] == 0
-
-
-def test_no_compiler_is_one_line(pairs, tmp_path, monkeypatch):
-    """Before anything is written."""
-
-    def compile(model, **_):
-        model.forward = lambda *_: 1 / 0
-
-    monkeypatch.setattr(torch.nn.Module, "compile", compile)
-    for flags in (TOY, ["--data", pairs, *SMALL]):
-        with pytest.raises(OSError, match="--compile: division by zero"):
-            run(*flags, "--compile", "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_terminal_gets_one_changing_line(monkeypatch, capsys):
-    for terminal in (True, False):
-        monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-        train.progress("first", False)
-        train.progress("second", True)
-    assert capsys.readouterr().out == "\r\033[Kfirst\r\033[Ksecond\nsecond\n"
-
-
-# Processes
-
-
-def test_rank_and_world_size_count_as_torchrun_sets_them(monkeypatch):
-    both = {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
-    empty, left = {"RANK": "", "WORLD_SIZE": ""}, {"RANK": "1", "WORLD_SIZE": "2"}
-    for env in (both, {"RANK": "1"}, {"WORLD_SIZE": "2"}, empty, left):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "environ", env)
-            module = runpy.run_path(str(ROOT / "train.py"))
-        assert (module["RANK"], module["PROCESSES"]) == ((1, 2) if env == both else (0, 1))
-
-
-@pytest.mark.parametrize("processes", [1, 2, 9])
-def test_processes_share_the_pass_of_the_reference(processes, monkeypatch):
-    """Each fills in its own pairs; the sum is the whole. Of nine processes some have no pair."""
-    monkeypatch.setattr(train, "PROCESSES", processes)
-    monkeypatch.setattr(train.distributed, "all_reduce", lambda tensor: reduced.append(tensor))
-    model, args, parts, reduced = gpt(0).float(), settings("--micro-batch-size", 2), [], []
-    for rank in range(processes):
-        monkeypatch.setattr(train, "RANK", rank)
-        parts.append(train.all_logps(model, ROWS, args))
-    parts, once = torch.stack(parts), processes * (processes > 1)
-    expect(parts.sum(0), oracle(model, ROWS), "log-probs of all processes", 1e-5)
-    assert ((parts != 0).sum(0) == 1).all() and not parts.requires_grad and len(reduced) == once
-
-
-def test_every_collective_is_on_the_models_device(monkeypatch):
-    """An NCCL group cannot reduce a CPU tensor. The model is on "meta", which holds no numbers."""
-    devices, model = [], gpt(0).float().to("meta")
-    monkeypatch.setattr(train, "PROCESSES", 2)
-    monkeypatch.setattr(train.distributed, "all_reduce", lambda x: devices.append(x.device.type))
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    losses, logps, norm = step(model, train.all_logps(model, ROWS, settings()))
-    with pytest.raises((RuntimeError, NotImplementedError)):  # its values cannot be looked at
-        train.means({"loss": losses, "logp": logps[0]} | {"grad_norm": norm})
-    assert devices == ["meta", "meta"]
-
-
-def test_only_the_first_process_writes_and_prints(pairs, tmp_path, monkeypatch):
-    """The second of two, whose group and gradients are those of a single one."""
-    monkeypatch.setattr(train, "RANK", 1)
-    monkeypatch.setattr(train, "PROCESSES", 2)
-    for name in ("init_process_group", "destroy_process_group", "all_reduce"):
-        monkeypatch.setattr(train.distributed, name, lambda *_: None)
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda module: module)
-    summary, printed, _ = run("--data", pairs, *SMALL, "--save-every", 2, "--out", tmp_path / "out")
-    assert summary["rows"] and printed == "" and not (tmp_path / "out").exists()
-
-
-def torchrun(processes, *flags):
-    args = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    args += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", ROOT / "train.py", *flags]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, args)], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.mark.slow
-def test_two_processes_are_one(tmp_path):
-    """25 pairs in batches of 8: four to a process, in micro-batches of 3 and 1, whose gradients are
-    averaged once. The key biases are left out: softmax does not see them, and Adam makes steps of
-    mere rounding.
-    """
-    flags = ["--data", write_pairs(tmp_path / "pairs.jsonl", n=25), *SMALL, "--lr", 1e-3]
-    flags += ["--micro-batch-size", 3, "--out"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    run(*flags, one)
-    assert torchrun(2, *flags, two).count("held_out_margin") == 1, "one process prints"
-    for line, other in zip(lines_of(one), lines_of(two), strict=True):
-        alike(line, other, rel=1e-4, abs=1e-5)
-    weights = [load(out / "policy" / "pytorch_model.bin") for out in (one, two)]
-    for name, tensor in weights[0].items():
-        other = weights[1][name]
-        if name.endswith("c_attn.bias"):
-            tensor, other = (torch.cat(x.chunk(3)[::2]) for x in (tensor, other))
-        expect(other, tensor, f"{name} of two processes", 1e-5)
-
-
-@pytest.mark.slow
-def test_more_processes_than_held_out_pairs(tmp_path):
-    """Two of three processes have nothing to evaluate and, of two pairs, one nothing to score."""
-    lines = [f'{{"prompt": "{i}", "chosen": "{"Yes." * i}", "rejected": "No."}}' for i in (1, 2, 3)]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    torchrun(3, "--data", tmp_path / "pairs.jsonl", *SMALL, "--out", tmp_path / "out")
-    assert summary_of(tmp_path / "out")["rows"]["reference"]["held_out_accuracy"] == 0.5
-
-
-@pytest.mark.slow
-def test_compiled_is_the_same_step(pairs, tmp_path, monkeypatch):
-    """--compile through torch's tracing and its derived backward; the generated code itself, which
-    takes a minute to make, is what `python -m experiments.bench` compares."""
-    compile, used = torch.nn.Module.compile, []
-
-    def traced(model, **kwargs):
-        used.append(kwargs)
-        compile(model, backend="aot_eager", **kwargs)
-
-    monkeypatch.setattr(torch.nn.Module, "compile", traced)
-    flags = ["--data", pairs, *SMALL, "--lr", 1e-3, "--out"]
-    plain, *_ = run(*flags, tmp_path / "plain")
-    compiled, *_ = run(*flags, tmp_path / "compiled", "--compile")
-    assert used == [{"dynamic": True}], "compiled once, with --compile only"
-    assert compiled["rows"]["policy"] == pytest.approx(plain["rows"]["policy"], rel=1e-4, abs=1e-5)
+def test_init_may_lie_beside_out_or_above_it(whole, pairs, tmp_path):
+    """And a name that only begins alike is another folder."""
+    init = shutil.copytree(whole / "policy", tmp_path / "out-init")
+    flags = ["--data", pairs, *SMALL, "--tokenizer", "bytes", "--sft-epochs", 0, "--init", init]
+    run(*flags, "--out", tmp_path / "out")
+    run(*flags, "--out", init / "out")
+    assert same_weights(tmp_path / "out/reference", init)
