@@ -302,14 +302,16 @@ def collate(rows, pair_ids):
     pairs = [rows[i] for i in pair_ids]
     sequences = [(pair.prompt, pair.chosen) for pair in pairs]
     sequences += [(pair.prompt, pair.rejected) for pair in pairs if pair.rejected]
-    T = max(len(prompt) + len(response) for prompt, response in sequences)
+    starts = torch.tensor([len(prompt) for prompt, _ in sequences])  # of the responses, (R,)
+    ends = torch.tensor([len(prompt) + len(response) for prompt, response in sequences])
+    T = int(ends.max())
     ids = []
-    mask = []
     for prompt, response in sequences:
-        padding = T - len(prompt) - len(response)
-        ids.append(prompt + response + [0] * padding)
-        mask.append([False] * len(prompt) + [True] * len(response) + [False] * padding)
-    return torch.tensor(ids), torch.tensor(mask)
+        padding = [0] * (T - len(prompt) - len(response))
+        ids.append(prompt + response + padding)
+    position = torch.arange(T)
+    mask = (starts[:, None] <= position) & (position < ends[:, None])
+    return torch.tensor(ids), mask
 
 
 # The toy world

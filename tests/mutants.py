@@ -117,11 +117,9 @@ run, processes: none hears of the others |
 run, processes: logged means of one alone |
     distributed.all_reduce(values) => values *= PROCESSES
 # data.py
-B4 first response token dropped |
-    [False] * len(prompt) + [True] * len(response)
-    => [False] * (len(prompt) + 1) + [True] * (len(response) - 1)
-B6 the prompt counts | [False] * len(prompt) + [True] => [True] * len(prompt) + [True]
-B9 padding counts | [False] * padding => [True] * padding
+B4 first response token dropped | (starts[:, None] <= position) => (starts[:, None] < position)
+B6 the prompt counts | (starts[:, None] <= position) & (position => (position
+B9 padding counts | & (position < ends[:, None]) => & (position < T)
 B12 end token never scored |
     encode_ordinary(pair.chosen) + [tokenizer.eot_token] => encode_ordinary(pair.chosen)
 B24 halves exchanged |
