@@ -25,7 +25,7 @@ ROLES = {"system": "\n\nSystem:", "user": "\n\nHuman:", "assistant": "\n\nAssist
 
 
 class InputError(ValueError):
-    """Raised for bad user input. The message is one line: what is wrong where, and what to do."""
+    """Raised for bad user input. The message is one line: what is wrong, where, and what to do."""
 
 
 class Pair(NamedTuple):
@@ -50,7 +50,7 @@ def load_pairs(path):
     """
     pairs = []
     dropped = []
-    with open(path, "rb") as file:  # as bytes, so that bad UTF-8 is an error of its line
+    with open(path, "rb") as file:  # as bytes, so that bad UTF-8 is reported with its line
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -73,7 +73,7 @@ def load_pairs(path):
 
 
 def to_pair(record):
-    """One line that `load_pairs` has parsed -> Pair. InputError, with the reason, if it is none."""
+    """One line that `load_pairs` has parsed -> Pair. InputError, with the reason, if not a pair."""
     if not isinstance(record, dict):
         raise InputError("it is not a JSON object")
     prompt = record.get("prompt") or ""  # absent, null and [] count as empty
@@ -166,7 +166,7 @@ def warn_of_odd_pairs(path, pairs):
 def get_tokenizer(name):
     """A tiktoken.Encoding: "bytes" (any text, no download) or one of tiktoken's own.
 
-    tiktoken downloads a tokenizer once. InputError if there is none of this name or no download.
+    tiktoken downloads a tokenizer once. InputError if there is none of this name, or no download.
     """
     if name == "bytes":  # a BPE without merges: every token is a byte
         return tiktoken.Encoding(
@@ -255,7 +255,7 @@ def split(rows, fraction, generator):
     be, and if more is held out than trained on.
     """
     keys = ["".join(row.text.split()).casefold() for row in rows]
-    prompts = list(dict.fromkeys(keys))  # each once, in their order
+    prompts = list(dict.fromkeys(keys))  # each once, in order of first appearance
     n_held_out = min(math.ceil(fraction * len(prompts)), len(prompts) - 1)
     order = torch.randperm(len(prompts), generator=generator).tolist()
     held_out_prompts = {prompts[i] for i in order[:n_held_out]}
@@ -331,14 +331,15 @@ class Drawn(NamedTuple):
 
 
 class ToyWorld:
-    """Reviews in a language so small that every response is listed: " The film was" " not dull".
+    """Reviews in a language so small that every response is listed, such as " not dull" to the
+    prompt " The film was".
 
     Up to K = 3 of the W = 10 words make a response, nonsense included, so each of the P = 2 prompts
     has Y = 1 + 10 + 100 + 1000 = 1,111. A response of fewer than K words ends in the end token. One
     of K words needs none: nothing can follow it.
 
     prompts: P texts; responses: Y texts; prompt_ids, response_ids: their tokens; grammatical (Y,):
-    True for sentences of the corpus without slips; rewards: the true r*, (P, Y) float64.
+    True for responses of the form [not] [very] opinion; rewards: the true r*, (P, Y) float64.
     """
 
     K = 3
@@ -476,7 +477,7 @@ class ToyWorld:
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         sys.exit("usage: python data.py pairs.jsonl [tokenizer]")
-    if hasattr(sys.stdout, "reconfigure"):  # Jupyter's has none
+    if hasattr(sys.stdout, "reconfigure"):  # Jupyter's stdout has no such method
         sys.stdout.reconfigure(errors="replace")
     try:
         show(*sys.argv[1:])

@@ -59,7 +59,7 @@ DEFAULTS = {  # flag: (in the toy world, with --data)
 }
 # --resume cannot change these: the weights, or the state of AdamW, would not fit.
 FIXED = ["tokenizer", "block_size", "n_layer", "n_head", "n_embd", "optimizer"]
-# --resume may change these without a warning. For other pairs, the checkpoint has a checksum.
+# --resume may change these without a warning: the checkpoint's checksum notices other pairs.
 FREE = ["data", "micro_batch_size", "device", "dtype", "compile", "evaluations", "save_every"]
 WRITTEN = [  # everything that a run writes into --out
     "config.json",
@@ -81,13 +81,13 @@ else:
 
 
 def main(argv=None):
-    """Train as the flags say. Returns what summary.json holds."""
+    """Train according to the flags. Returns what summary.json holds."""
     start = time.perf_counter()
     threads = torch.get_num_threads()  # the toy world changes it; restored at the end
     args = parse_args(argv)
     out = Path(args.out)
-    # A run is resumed from config.json, reference/ and, if there is one, checkpoint.pt. Without a
-    # reference there is nothing to resume, and a new run begins.
+    # A run is resumed from config.json, reference/, checkpoint.pt if there is one, and its pairs,
+    # read or drawn again. Without a reference there is nothing to resume, and a new run begins.
     resuming = args.resume and can_resume(out)
     if not resuming:
         check_folder(args)
@@ -115,7 +115,8 @@ def main(argv=None):
     net = model  # the network that is trained: with several processes, the model inside DDP
     if PROCESSES > 1:
         net = torch.nn.parallel.DistributedDataParallel(model)
-    prepare_folder(args, resuming)  # only now: DDP has waited until every process has read it
+    # Only now may the folder change: creating DDP waits until every process has looked at it.
+    prepare_folder(args, resuming)
 
     # 2. SFT: maximise log pi(y|x) of the corpus or, with --data, of the chosen responses
 
@@ -340,7 +341,7 @@ def measure_step(logged, ref_logps, grad_norm, beta):
     losses, policy_chosen, policy_rejected = logged
     ref_chosen, ref_rejected = ref_logps
     columns = dpo.describe(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta)
-    columns["loss"] = losses  # of --loss; the other columns are always DPO's
+    columns["loss"] = losses  # from --loss; the other columns are always DPO's
     columns["grad_norm"] = grad_norm
     return means(columns)
 
@@ -380,7 +381,7 @@ def measure_held_out(logps, ref_logps, beta):
 
 
 def seeded(seed):
-    """A new generator. Corpus or split have --seed, toy pairs --seed + 1, the order --seed + 2."""
+    """Corpus and split use --seed, the toy pairs --seed + 1, the order of batches --seed + 2."""
     return torch.Generator().manual_seed(seed)
 
 
@@ -406,7 +407,7 @@ def load_rows(args, tokenizer, n_positions):
 def build_model(args, tokenizer, resuming=False):
     """The run's reference if it is resumed, else the GPT that --init names, else a new one.
 
-    InputError if its vocabulary is not that of the tokenizer.
+    InputError if its vocabulary does not match the tokenizer's.
     """
     torch.manual_seed(args.seed)
     if resuming:
@@ -426,8 +427,8 @@ def build_model(args, tokenizer, resuming=False):
         )
         model = GPT(config)
     if model.config.vocab_size != tokenizer.n_vocab:
-        sizes = f"{model.config.vocab_size} tokens, its tokenizer {tokenizer.n_vocab}"
-        raise data.InputError(f"{source} has a vocabulary of {sizes}: choose another --tokenizer")
+        sizes = f"{model.config.vocab_size} tokens, but the tokenizer has {tokenizer.n_vocab}"
+        raise data.InputError(f"{source} has a vocabulary of {sizes}")
     model.config.eos_token_id = tokenizer.eot_token  # saved, so that sampling knows where to stop
     return model
 
@@ -449,7 +450,7 @@ def load_loss(args):
 def choose_beta(args, loss_function):
     """--beta, or else the loss's own default, or else the paper's 0.1."""
     parameter = inspect.signature(loss_function).parameters.get("beta")
-    was_given = args.beta not in DEFAULTS["beta"]
+    was_given = args.beta not in DEFAULTS["beta"]  # it is neither of the two defaults
     if parameter is None and was_given:
         warnings.warn(f"--loss {args.loss} takes no beta: --beta only scales the logged rewards")
     if args.beta is not None:
@@ -505,13 +506,13 @@ def parse_args(argv=None):
     add("--sft-lr", "peak learning rate of SFT", type=positive)
     add("--epochs", "epochs of DPO", type=positive)
     add("--lr", "peak learning rate of DPO", type=positive)
-    add("--warmup-steps", "steps of warm-up, at most a tenth of all", type=at_least_0)
+    add("--warmup-steps", "warm-up steps, at most a tenth of all steps", type=at_least_0)
     yes_or_no = argparse.BooleanOptionalAction
     add("--decay", "decay the learning rate after the warm-up", action=yes_or_no)
     add("--batch-size", "pairs per optimiser step", type=at_least_1)
     add("--micro-batch-size", "pairs in memory at once", type=at_least_1)
     add("--optimizer", "rmsprop is the paper's", choices=["adamw", "rmsprop"])
-    add("--max-grad-norm", "clip longer gradients to this norm", type=positive)
+    add("--max-grad-norm", "clip gradients to this norm", type=positive)
     add("--device", "auto: the accelerator if there is one, otherwise the CPU")
     help = "precision of matrix products; on CUDA, float32 means TF32"
     add("--dtype", help, choices=["float32", "bfloat16"])
@@ -528,10 +529,10 @@ def parse_args(argv=None):
     stored = {}
     if args.resume:
         stored = read_config(Path(args.out))
-    if args.data and stored and stored.get("data") is None:
+    if args.data and stored and stored.get("data") is None:  # of the toy world
         if can_resume(Path(args.out)):
             parser.error(f"--resume: the run in {args.out} is in the toy world, without --data")
-        stored = {}  # the toy world's settings are not for pairs
+        stored = {}  # it stopped before it had a reference: nothing of it is used
     if args.data is None:
         args.data = stored.get("data")
     changed = {}
@@ -570,7 +571,7 @@ def not_empty(text):
 
 
 def report_changes(changed, args, parser):
-    """Flags that differ from the run to be resumed. `changed` maps them to the run's own values."""
+    """Stop or warn if flags differ from those of the run: `changed` maps them to its own values."""
     for name in FIXED:
         if name in changed:
             flag = f"--{name.replace('_', '-')} {changed[name]}"
@@ -600,7 +601,7 @@ def can_resume(out):
 
 
 def check_folder(args):
-    """InputError if a new run would overwrite a run on pairs, or files of something else."""
+    """InputError if a new run would overwrite a run on pairs, or what train.py has not written."""
     out = Path(args.out)
     if args.init and Path(args.init).exists():
         if Path(args.init).resolve().is_relative_to(out.resolve()):
@@ -611,7 +612,8 @@ def check_folder(args):
     if not run:
         for name in WRITTEN:
             if (out / name).exists():
-                raise data.InputError(f"{out / name} is not train.py's: choose another --out")
+                why = "was not written by train.py"
+                raise data.InputError(f"{out / name} {why}: choose another --out")
 
 
 def prepare_folder(args, resuming):
@@ -623,8 +625,8 @@ def prepare_folder(args, resuming):
     if not resuming:
         (out / "reference" / "config.json").unlink(missing_ok=True)
         (out / "policy" / "config.json").unlink(missing_ok=True)
-        (out / "checkpoint.pt").unlink(missing_ok=True)
-        (out / "summary.json").unlink(missing_ok=True)
+        for name in ["checkpoint.pt", "metrics.jsonl", "curves.png", "summary.json"]:
+            (out / name).unlink(missing_ok=True)
     if args.resume and not resuming:
         print(f"nothing to resume: beginning a new run in {out}")
     save_json(vars(args) | {"made_by": "train.py"}, out / "config.json")
@@ -655,7 +657,7 @@ def set_up(args):
     if RANK > 0 or sys.stdout is None:  # None: it is closed
         sys.stdout = open(os.devnull, "w")
     if not args.data:
-        torch.set_num_threads(1)  # more gain little, and are slow while the machine is busy
+        torch.set_num_threads(1)  # more threads gain little, and wait while the machine is busy
     print(*[f"{name}={value}" for name, value in vars(args).items()])
     return device
 
@@ -685,7 +687,7 @@ def write_metrics(history, out):
 
 
 def print_likeliest(world, tables):
-    """For each prompt the likeliest responses of the optimum. tables: {name: log pi (P, Y)}."""
+    """For each prompt, the likeliest responses under the optimum. tables: {name: log pi (P, Y)}."""
     for x, prompt in enumerate(world.prompts):
         print(f"\n{prompt.strip():20}     r*", *tables.keys(), sep="  ")
         for y in tables["optimum"][x].topk(6).indices:
@@ -739,7 +741,7 @@ def short_warning(message, *_):
 
 if __name__ == "__main__":
     warnings.formatwarning = short_warning
-    if hasattr(sys.stdout, "reconfigure"):  # Jupyter's has none
+    if hasattr(sys.stdout, "reconfigure"):  # Jupyter's stdout has no such method
         sys.stdout.reconfigure(errors="replace")  # print "?" for what the terminal cannot show
     try:
         main()
