@@ -43,7 +43,7 @@ def test_flags_and_names(root, texts, capsys):
         train.parse_args(["--help"])
     flags = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) | {"--help"}
     flags |= {"--quick", "--generated", "--nproc_per_node", "--index-url"}  # not of train.py
-    flags |= {"--steps", "--shape", "--batch", "--grow", "--scale"}  # of the bench
+    flags |= {"--steps", "--shape", "--batch", "--grow", "--scale", "--only"}  # of the bench
     for folder, text in texts.items():
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text)) <= flags
         named = re.findall(r"`((?:\w+/)*\w+\.(?:py|ipynb|txt|md))`", text)
