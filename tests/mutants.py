@@ -143,7 +143,7 @@ text is changed | tokenizer.encode_ordinary(pair.prompt) => tokenizer.encode_ord
 B23 causal flag forgotten | is_causal=True => is_causal=False
 D13 the head's product in bfloat16 |
     with torch.autocast(x.device.type, enabled=False): => if True:
-E3 temperature multiplies | (logits / temperature) => (logits * temperature)
+E3 temperature multiplies | probs = (logits / temperature) => probs = (logits * temperature)
 E5 no stop at the end token | token = token.masked_fill(stopped, stop_token)⏎ => ⏎
 model: scale of the residual projections | block.mlp.c_proj.weight /= => block.mlp.c_proj.weight *=
 run, an untied head is dropped | if not torch.equal(head, embedding): => if False:

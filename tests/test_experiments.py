@@ -63,6 +63,19 @@ def test_a_step_of_the_lab_is_a_step_of_train_py(tmp_path):
         expect(moment, theirs[index]["exp_avg"], why, 1e-5 * moment.abs().max().item() + 1e-9)
 
 
+def test_soft_labels_by_hand(sft):
+    """p times the loss of the pair and 1 - p times that of the reversed pair, away from ref."""
+    _, ref = sft
+    drawn = WORLD.draw_pairs(ref, 50, torch.Generator().manual_seed(0))
+    policy = ref + 0.5 * torch.randn(ref.shape, generator=torch.Generator().manual_seed(1))
+    losses = lab.soft_preferences(dpo.dpo_loss, drawn, ref, beta=0.5)(policy, torch.arange(50))
+    for i, (x, w, l) in enumerate(zip(*(column.tolist() for column in drawn))):
+        margin = 0.5 * ((policy - ref)[x, w] - (policy - ref)[x, l])
+        p = 1 / (1 + (WORLD.rewards[x, l] - WORLD.rewards[x, w]).exp())  # Eq. 1
+        by_hand = p * (1 + (-margin).exp()).log() + (1 - p) * (1 + margin.exp()).log()
+        expect(losses[i], by_hand, "soft labels: p L(chosen, rejected) + (1 - p) L(reversed)", 1e-6)
+
+
 def test_training_through_the_table_is_training_on_rows(sft, monkeypatch):
     """The same losses and the same gradient of every weight as data.collate's rows give; a loss
     gets beta, its own settings and the lengths that it names. The reference stays as it is."""
