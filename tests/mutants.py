@@ -111,7 +111,8 @@ run, files of others are overwritten | if not run:⏎ => if False:⏎
 run, a loss that is not finite | if not math.isfinite(loss) => if False and not math.isfinite(loss)
 run, more held-out pairs than promised | [:MAX_SCORED] =>
 run, processes: all take the same pairs |
-    pair_ids = next(batches)[RANK::PROCESSES]⏎        if => pair_ids = next(batches)[::PROCESSES]⏎        if
+    pair_ids = next(batches)[RANK::PROCESSES]⏎        if
+    => pair_ids = next(batches)[::PROCESSES]⏎        if
 run, processes: none hears of the others |
     net = torch.nn.parallel.DistributedDataParallel(model) => pass
 run, processes: logged means of one alone |
@@ -138,7 +139,8 @@ world: pairs not from the policy | logps.exp().multinomial => torch.ones_like(lo
 world: the reward is a sum | return sum(opinions) / len(opinions) => return sum(opinions)
 world: the corpus teaches no end | response.index(self.W) + 1] => response.index(self.W)]
 messages: the prompt twice | if prompt in chosen and prompt in rejected: => if False:
-text is changed | tokenizer.encode_ordinary(pair.prompt) => tokenizer.encode_ordinary(pair.prompt.strip())
+text is changed |
+    tokenizer.encode_ordinary(pair.prompt) => tokenizer.encode_ordinary(pair.prompt.strip())
 # model.py
 B23 causal flag forgotten | is_causal=True => is_causal=False
 D13 the head's product in bfloat16 |

@@ -123,7 +123,10 @@ NO_PAIRS = {  # prompt, if any, chosen and rejected -> words of the reason why t
     "equal dialogues": ((TALK + " A.", TALK + " A."), SAME),
     "equal messages": (([HI], [YES], [YES]), SAME),
     "a blank prompt": ((" \n", "A", "B"), "prompt is empty.*'prompt', 'chosen', 'rejected', 'id'"),
-    "a blank response": (("Hi", " \n", "B"), "chosen is empty.*'prompt', 'chosen', 'rejected', 'id'"),
+    "a blank response": (
+        ("Hi", " \n", "B"),
+        "chosen is empty.*'prompt', 'chosen', 'rejected', 'id'",
+    ),
     "an empty response": (("Hi", "A", ""), "rejected is empty"),
     "null": (("Hi", "A", None), "rejected is empty"),
     "no prompt and no dialogue": (("A", "B"), "prompt is empty.*.'chosen', 'rejected', 'id'"),
