@@ -275,7 +275,14 @@ def transposed(state):
 
 def save(state, path):
     """Written under another name, then renamed, so that a crash never leaves half a file."""
-    torch.save(state, f"{path}.tmp")
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        disk_error = error.__context__  # which torch hides, such as "No space left on device"
+        if isinstance(disk_error, OSError):
+            raise OSError(f"{path} cannot be written: {disk_error}") from error
+        raise
     os.replace(f"{path}.tmp", path)
 
 

@@ -9,6 +9,7 @@ Shapes: n pairs in all, B per step and process, b per micro-batch. Log-probs are
 """
 
 import argparse
+import contextlib
 import inspect
 import json
 import math
@@ -80,10 +81,20 @@ else:
     PROCESSES = 1
 
 
+@contextlib.contextmanager
+def threads_restored():
+    """The toy world uses one thread. Afterwards torch uses as many as before, whatever happened."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@threads_restored()
 def main(argv=None):
     """Train according to the flags. Returns what summary.json holds."""
     start = time.perf_counter()
-    threads = torch.get_num_threads()  # the toy world changes it; restored at the end
     args = parse_args(argv)
     out = Path(args.out)
     # A run is resumed from config.json, reference/, checkpoint.pt if there is one, and its pairs,
@@ -227,7 +238,7 @@ def main(argv=None):
         print_likeliest(world, tables)
     print_results(results)
     summary = {
-        "config": vars(args),
+        "config": vars(args) | {"beta": beta},  # the loss's own if --beta was not given
         "seconds": round(time.perf_counter() - start, 1),
         "gap_closed": results["policy"].get("gap_closed"),
         "rows": results,
@@ -241,7 +252,6 @@ def main(argv=None):
         print(f'sample from both: python -m experiments.sample {out} "a prompt"')
     if PROCESSES > 1:
         distributed.destroy_process_group()
-    torch.set_num_threads(threads)
     return summary
 
 
@@ -407,7 +417,7 @@ def load_rows(args, tokenizer, n_positions):
 def build_model(args, tokenizer, resuming=False):
     """The run's reference if it is resumed, else the GPT that --init names, else a new one.
 
-    InputError if its vocabulary does not match the tokenizer's.
+    InputError if it was made for another tokenizer.
     """
     torch.manual_seed(args.seed)
     if resuming:
@@ -429,6 +439,8 @@ def build_model(args, tokenizer, resuming=False):
     if model.config.vocab_size != tokenizer.n_vocab:
         sizes = f"{model.config.vocab_size} tokens, but the tokenizer has {tokenizer.n_vocab}"
         raise data.InputError(f"{source} has a vocabulary of {sizes}")
+    if args.init and not resuming:
+        data.check_tokenizer(args.init, model.config, tokenizer)
     model.config.eos_token_id = tokenizer.eot_token  # saved, so that sampling knows where to stop
     return model
 
@@ -450,8 +462,9 @@ def load_loss(args):
 def choose_beta(args, loss_function):
     """--beta, or else the loss's own default, or else the paper's 0.1."""
     parameter = inspect.signature(loss_function).parameters.get("beta")
-    was_given = args.beta not in DEFAULTS["beta"]  # it is neither of the two defaults
-    if parameter is None and was_given:
+    toy, real = DEFAULTS["beta"]
+    default = real if args.data else toy
+    if parameter is None and args.beta != default:
         warnings.warn(f"--loss {args.loss} takes no beta: --beta only scales the logged rewards")
     if args.beta is not None:
         return args.beta
@@ -548,6 +561,8 @@ def parse_args(argv=None):
         report_changes(changed, args, parser)
     if args.tokenizer is None:
         args.tokenizer = "gpt2" if args.init else "bytes"
+    if args.n_embd % args.n_head != 0:
+        parser.error(f"--n-embd {args.n_embd} is not a multiple of --n-head {args.n_head}")
     return args
 
 
@@ -640,16 +655,9 @@ def set_up(args):
             f"WORLD_SIZE is {launched}, but this is not torchrun: launch several processes with "
             f"torchrun --nproc_per_node={launched} train.py ..."
         )
-    if args.device != "auto":
-        device = torch.device(args.device)
-    elif torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator()
-    else:
-        device = torch.device("cpu")
+    device = choose_device(args)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-    if device.type == "cuda" and PROCESSES > 1:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if PROCESSES > 1:
         distributed.init_process_group()
     if RANK > 0:  # one process speaks for all
@@ -659,6 +667,25 @@ def set_up(args):
     if not args.data:
         torch.set_num_threads(1)  # more threads gain little, and wait while the machine is busy
     print(*[f"{name}={value}" for name, value in vars(args).items()])
+    return device
+
+
+def choose_device(args):
+    """--device, or the accelerator if there is one. InputError if torch cannot use it here."""
+    try:
+        if args.device != "auto":
+            device = torch.device(args.device)
+        elif torch.accelerator.is_available():
+            device = torch.accelerator.current_accelerator()
+        else:
+            device = torch.device("cpu")
+        if device.type == "cuda" and PROCESSES > 1:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.empty(0, device=device)  # raises if there is no such device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        why = f"cannot be used here: {reason:.100}"
+        raise data.InputError(f"--device {args.device} {why}") from error
     return device
 
 

@@ -267,13 +267,21 @@ def stop_in_save(number, *flags):
     def half(state, path):
         calls.append(path)
         if len(calls) == number:
-            Path(path).write_bytes(b"half a file")
+            write_half(path)
             raise KeyboardInterrupt
         save(state, path)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(torch, "save", half)
         run(*flags)
+
+
+def write_half(target):
+    """What torch.save leaves if it is stopped. Its target is a path or an open file."""
+    if hasattr(target, "write"):
+        target.write(b"half a file")
+    else:
+        Path(target).write_bytes(b"half a file")
 
 
 def stop_before_rename(name, *flags):
