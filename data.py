@@ -262,19 +262,20 @@ def check_tokenizer(folder, config, tokenizer):
     Its vocab.json or tokenizer.json, if there is one, must give every id the same bytes, and its
     config the same end token. An end token outside the vocabulary counts as none.
     """
+    another = f"{folder} was trained with another tokenizer than {tokenizer.name}"
     for token, text in read_vocabulary(Path(folder)).items():
+        if token not in range(config.vocab_size):
+            continue  # no text is ever encoded as this token
         try:
             token_bytes = tokenizer.decode_single_token_bytes(token)
             expected = token_bytes.decode("latin-1").translate(SPELLING)
         except KeyError:
             expected = None  # the tokenizer has no such id
-        if token < config.vocab_size and text != expected:
-            why = f"its token {token} is {text!r}, in tokenizer {tokenizer.name} {expected!r}"
-            raise InputError(f"{folder} has a tokenizer of its own: {why}")
+        if text != expected:
+            raise InputError(f"{another}: its token {token} is {text!r}, not {expected!r}")
     end = config.eos_token_id
     if end in range(config.vocab_size) and end != tokenizer.eot_token:
-        why = f"its end token is {end}, in tokenizer {tokenizer.name} {tokenizer.eot_token}"
-        raise InputError(f"{folder} was trained for another tokenizer: {why}")
+        raise InputError(f"{another}: its end token is {end}, not {tokenizer.eot_token}")
 
 
 def read_vocabulary(folder):
