@@ -7,6 +7,7 @@ B pairs, R rows, T positions; in the toy world P prompts, W words, Y responses t
 """
 
 import codecs
+import io
 import itertools
 import json
 import math
@@ -44,7 +45,7 @@ class Pair(NamedTuple):
 
 
 def load_pairs(path):
-    """A file of JSON lines -> list of Pair.
+    """A file of JSON lines, or of one JSON array -> list of Pair.
 
     A line is a JSON object with `prompt`, `chosen` and `rejected`. Each is a string, or a list of
     messages with `role` and `content`. Whole dialogues, which begin with the user's or the system's
@@ -57,11 +58,11 @@ def load_pairs(path):
     pairs = []
     dropped = []
     fields = {}  # of all lines, in order of first appearance
-    for number, record in read_lines(path):
+    for place, record in read_records(path):
         try:
             pairs.append(to_pair(record))
         except InputError as reason:  # this line is skipped, other lines may be fine
-            dropped.append(f"line {number}: {reason}")
+            dropped.append(f"{place}: {reason}")
         else:
             fields |= record
     if not pairs:
@@ -76,18 +77,25 @@ def load_pairs(path):
     return pairs
 
 
-def read_lines(path):
-    """Yields (line number, what JSON says there). InputError if a line is not JSON."""
-    with open(path, "rb") as file:  # as bytes, so that bad UTF-8 is reported with its line
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                why = f"not a line of JSON ({error}); save it as UTF-8, one object per line"
-                raise InputError(f"{path}:{number}: {why}") from None
-            yield number, record
+def read_records(path):
+    """Yields ("line 7", what JSON says there), or ("item 7", ...) of an array."""
+    content = Path(path).read_bytes()  # as bytes, so that bad UTF-8 is reported with its line
+    if content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        items = parse_json(content, path, 1)
+        for number, item in enumerate(items, start=1):
+            yield f"item {number}", item
+        return
+    for number, line in enumerate(io.BytesIO(content), start=1):
+        if line.strip():
+            yield f"line {number}", parse_json(line, path, number)
+
+
+def parse_json(content, path, number):
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        why = f"not a line of JSON ({error}); save it as UTF-8, one object per line"
+        raise InputError(f"{path}:{number}: {why}") from None
 
 
 def to_pair(record):

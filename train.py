@@ -27,7 +27,7 @@ from torch import distributed
 
 import data
 import dpo
-from model import GPT, GPTConfig, load, save, save_json, save_text
+from model import GPT, GPTConfig, load, published_name, save, save_json, save_text
 
 DEFAULTS = {  # flag: (in the toy world, with --data)
     "data": (None, None),
@@ -618,7 +618,7 @@ def can_resume(out):
 def check_folder(args):
     """InputError if a new run would overwrite a run on pairs, or what train.py has not written."""
     out = Path(args.out)
-    if args.init and Path(args.init).exists():
+    if args.init and published_name(args.init) is None:  # a folder
         if Path(args.init).resolve().is_relative_to(out.resolve()):
             raise data.InputError(f"--out {out} holds --init {args.init}: choose another --out")
     run = read_config(out)

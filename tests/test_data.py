@@ -269,7 +269,7 @@ NOTHING = {  # a file -> words that are said of it
     "\n \n": "the file is empty",
     "7": "line 1: .*not a JSON object",
     "null": "line 1: .*not a JSON object",
-    '["prompt"]': "line 1: .*not a JSON object",
+    '["prompt"]': "item 1: .*not a JSON object",
     '{"text": "Hi", "score": 7}': "line 1: .*prompt is empty.*'text', 'score'",
 }
 
@@ -278,6 +278,22 @@ NOTHING = {  # a file -> words that are said of it
 def test_a_file_without_a_pair_says_what_it_has(content, tmp_path):
     with pytest.raises(InputError, match=f"one prompt; {NOTHING[content]}"):
         load_pairs(write(tmp_path, content))
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff", " \n"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_is_read_like_its_lines(start, indent, tmp_path):
+    """As many data sets are stored. A line that holds a list is no array, but no pair either."""
+    path = tmp_path / "pairs.json"
+    array = json.dumps([GOOD, {"text": "no pair"}, OTHER], indent=indent)
+    path.write_text(start + array, encoding="utf-8")
+    found, warned = with_warnings(load_pairs, path)
+    assert found == [tuple(GOOD.values()), tuple(OTHER.values())]
+    assert len(warned) == 1
+    assert "lines dropped: 1; the first is item 2: its prompt is empty" in warned[0]
+    path.write_text(start + array[:-9], encoding="utf-8")
+    with pytest.raises(InputError, match="pairs.json:1: not a line of JSON"):
+        load_pairs(path)
 
 
 def test_a_byte_order_mark_is_no_error(tmp_path):

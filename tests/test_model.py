@@ -598,6 +598,15 @@ def test_another_config_is_refused(case, tmp_path):
             assert str(value) in said
 
 
+def test_one_activation_has_two_names(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    path = tmp_path / CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["activation_function"] = "gelu_pytorch_tanh"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    assert same_weights(GPT.from_pretrained(tmp_path), tiny())
+
+
 @pytest.mark.parametrize("content", [b"", b"torn", b"[1]", b"{", b"\xff", b"7", b"null"])
 def test_a_damaged_config_is_refused(content, tmp_path):
     tiny().save_pretrained(tmp_path)

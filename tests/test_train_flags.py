@@ -56,7 +56,7 @@ BAD_INPUT = {
     "--data torn.jsonl": "torn.jsonl:2: not a line of JSON",
     "--data empty.jsonl": "empty.jsonl: no line has two different responses to one prompt",
     "--data good.jsonl --tokenizer klingon": "tokenizer klingon: not one of bytes",
-    "--data good.jsonl --init nowhere --tokenizer bytes": "nowhere",
+    "--data good.jsonl --init gpt3": "gpt3 is neither a folder nor one of distilgpt2, gpt2, ",
     "--data good.jsonl --block-size 1": "--block-size",
     "--init saved": "vocabulary",  # a model of bytes in the toy world
     "--loss nonsense": "dpo, cdpo, robust, ipo, hinge",
