@@ -127,11 +127,14 @@ def main(argv=None):
     if PROCESSES > 1:
         net = torch.nn.parallel.DistributedDataParallel(model)
     # Only now may the folder change: creating DDP waits until every process has looked at it.
-    prepare_folder(args, resuming)
+    prepare_folder(args, resuming, sft_rows)
 
     # 2. SFT: maximise log pi(y|x) of the corpus or, with --data, of the chosen responses
 
-    if not resuming:
+    if resuming:
+        history = sft_metrics(out)
+    else:
+        history = []
         optimizer = make_optimizer(model, args)
         steps, batches = plan(sft_rows, args.sft_epochs, args)
         printed = evenly(steps, 10)
@@ -149,9 +152,11 @@ def main(argv=None):
             metrics = means({"loss": loss, "grad_norm": grad_norm})
             stop_unless_finite(metrics, f"SFT step {step}")
             optimizer.step()
+            history.append({"sft_step": step, "sft_loss": metrics["loss"]})
             line = f"SFT {step}/{steps}  loss {metrics['loss']:.3f} nats"
             progress(line, keep=step in printed)
         if RANK == 0:
+            write_metrics(history, out)
             model.save_pretrained(out / "reference")
 
     # 3. The reference: the model as it is now, just trained or loaded. It never changes, so all
@@ -178,7 +183,7 @@ def main(argv=None):
     optimizer = make_optimizer(model, args)
     steps, batches = plan(rows, args.epochs, args)
     evaluated = evenly(steps, args.evaluations)
-    history = [{"step": 0} | results["reference"]]
+    history.append({"step": 0} | results["reference"])
     checksum = checksum_of(rows)  # to notice other pairs when the run is resumed
     done = 0
     if resuming and (out / "checkpoint.pt").exists():
@@ -631,7 +636,7 @@ def check_folder(args):
                 raise data.InputError(f"{out / name} {why}: choose another --out")
 
 
-def prepare_folder(args, resuming):
+def prepare_folder(args, resuming, rows):
     """Create --out and write the settings. A new run first removes an older one's results."""
     if RANK > 0:
         return
@@ -644,7 +649,10 @@ def prepare_folder(args, resuming):
             (out / name).unlink(missing_ok=True)
     if args.resume and not resuming:
         print(f"nothing to resume: beginning a new run in {out}")
-    save_json(vars(args) | {"made_by": "train.py"}, out / "config.json")
+    # Trained on dialogues, a model wants to be asked in their form: see experiments/sample.py.
+    dialogues = all(row.text.endswith(data.ROLES["assistant"]) for row in rows)
+    settings = vars(args) | {"dialogues": dialogues, "made_by": "train.py"}
+    save_json(settings, out / "config.json")
 
 
 def set_up(args):
@@ -708,9 +716,18 @@ def describe_step(metrics):
 
 
 def write_metrics(history, out):
-    """metrics.jsonl: one JSON object per step."""
+    """metrics.jsonl: one JSON object per step, those of SFT first."""
     lines = [json.dumps(line) + "\n" for line in history]
     save_text("".join(lines), out / "metrics.jsonl")
+
+
+def sft_metrics(out):
+    """The lines of SFT in the metrics.jsonl of the run in `out`."""
+    path = out / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if "sft_step" in line]
 
 
 def print_likeliest(world, tables):
@@ -737,28 +754,35 @@ def print_results(results):
 
 
 def plot(history, path):
-    """curves.png: objective or held-out pairs, loss and weight, rewards, log-probs, by step."""
+    """curves.png: a panel for each group of metrics that the history has."""
     panels = {
+        "SFT loss, nats": ["sft_loss"],
         "reward, nats": ["expected_reward", "kl", "objective"],
-        "held-out pairs": ["held_out_loss", "held_out_accuracy"],
+        "gap closed": ["gap_closed"],
+        "held-out loss, nats": ["held_out_loss"],
+        "held-out accuracy": ["held_out_accuracy"],
         "loss in nats; mean weight": ["loss", "weight"],
         "implicit reward (Eq. 5)": ["chosen_reward", "rejected_reward", "margin"],
         "log-prob of a response, nats": ["chosen_logp", "rejected_logp"],
     }
     logged = set().union(*history)  # the names of all metrics
     shown = [label for label, names in panels.items() if names[0] in logged]
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    axes = figure.subplots(2, 2).flatten()
+    figure = Figure(figsize=(14, 7), layout="constrained")
+    axes = figure.subplots(2, 3).flatten()
     for ax in axes[len(shown) :]:
         ax.remove()
     for ax, label in zip(axes, shown):
+        ax.set(xlabel="DPO step", ylabel=label)
         for name in panels[label]:
             lines = [line for line in history if name in line]
-            steps = [line["step"] for line in lines]
             values = [line[name] for line in lines]
+            if name == "sft_loss":
+                steps = [line["sft_step"] for line in lines]
+                ax.set_xlabel("SFT step")
+            else:
+                steps = [line["step"] for line in lines]
             ax.plot(steps, values, label=name.replace("_", " "))
-        ax.set(xlabel="DPO step", ylabel=label)
-        ax.legend()
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)  # above
     figure.savefig(path, dpi=120)
 
 

@@ -299,8 +299,18 @@ def stop_before_rename(name, *flags):
 
 
 def lines_of(out):
-    """metrics.jsonl: a dict for each step, that of the reference first."""
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    """metrics.jsonl: a dict for each step of DPO, that of the reference first."""
+    return [line for line in all_lines_of(out) if "step" in line]
+
+
+def sft_lines_of(out):
+    """metrics.jsonl: a dict for each step of SFT."""
+    return [line for line in all_lines_of(out) if "sft_step" in line]
+
+
+def all_lines_of(out):
+    text = (out / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def json_of(path):
