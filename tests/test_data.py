@@ -160,6 +160,11 @@ PAIRS |= {
     ),
     "HH's form, then texts": ((ASKED, " Yes.", " No."), (ASKED, " Yes.", " No.")),
 }
+WINDOWS_TEXTS = tuple(text.replace("\n", "\r\n") for text in IN_TEXTS)
+PAIRS["in HH's form, with line ends of Windows"] = (
+    ("Hi?", *WINDOWS_TEXTS),
+    (ASKED, " Yes.", " No."),
+)
 for name, prompt in SPELLED.items():
     PAIRS[f"in messages, {name}"] = ((prompt, *IN_MESSAGES), (ASKED, " Yes.", " No."))
     PAIRS[f"in HH's form, {name}"] = ((prompt, *IN_TEXTS), (ASKED, " Yes.", " No."))

@@ -90,6 +90,23 @@ def test_log_probs_need_logits_at_the_response_only():
     assert seen == [(7, 16)], "4 rows of 6 tokens, 7 of them scored"
 
 
+def test_every_new_tensor_is_made_on_the_models_device():
+    """Here "meta" stands for a device that is not the model's. What is made without a device would
+    go there, and could not be used together with the model's tensors."""
+    model = tiny()
+    ids = torch.randint(7, (2, 5))
+    mask = as_mask(["00110", "01000"])
+    pair_logps = torch.zeros(4, 3)
+    with torch.device("meta"):
+        for temperature in (0, 1):
+            drawn = model.generate(ids, 3, temperature, stop_token=3)
+        logps = dpo.response_logps(model, ids, mask)
+        result = dpo.dpo_loss(*pair_logps, beta=0.1)
+        metrics = dpo.describe(*pair_logps, beta=0.1)
+    for found in (drawn, logps, *result, *metrics.values()):
+        assert found.device.type == "cpu", "a tensor was made on the default device"
+
+
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
 def test_the_mask_may_lie_on_the_cpu():
     """Or beside the model: the same logits, the same log-probs."""
@@ -291,23 +308,25 @@ def test_greedy_against_a_plain_loop():
     assert grads == [False] * 40, "sampling keeps a graph for gradients"
 
 
-@pytest.mark.parametrize("prompt", [[1], [4], [4, 1]], ids=["plain", "ends in stop", "holds stop"])
-def test_after_a_drawn_stop_token_there_are_only_stop_tokens(prompt):
+@pytest.mark.parametrize("stop", [0, 4])
+@pytest.mark.parametrize("case", ["plain", "ends in stop", "holds stop"])
+def test_after_a_drawn_stop_token_there_are_only_stop_tokens(case, stop):
     """Draws with and without a stop token agree up to it. One in the prompt stops nothing."""
+    prompt = {"plain": [1], "ends in stop": [stop], "holds stop": [stop, 1]}[case]
     model = tiny()
     ids = torch.tensor([prompt]).expand(200, -1)
     free = model.generate(ids, 8, generator=torch.Generator().manual_seed(1))
     torch.rand(1)  # the global generator has no say
-    stopped = model.generate(ids, 8, stop_token=4, generator=torch.Generator().manual_seed(1))
+    stopped = model.generate(ids, 8, stop_token=stop, generator=torch.Generator().manual_seed(1))
     assert free.shape == (200, len(prompt) + 8)
     assert stopped.shape == free.shape
     free = free[:, len(prompt) :].tolist()
     stopped = stopped[:, len(prompt) :].tolist()
     for was, row in zip(free, stopped):
         n = 8
-        if 4 in was:
-            n = was.index(4) + 1
-        assert row == was[:n] + [4] * (8 - n), f"{row} with the stop token 4, {was} without"
+        if stop in was:
+            n = was.index(stop) + 1
+        assert row == was[:n] + [stop] * (8 - n), f"{row} with the stop token {stop}, {was} without"
 
 
 def test_sampling_ends_when_every_row_has_stopped():

@@ -442,6 +442,9 @@ def order_of(prepared, folder, policy, seed):
 
 def test_the_seed_decides_the_order_and_every_epoch_has_every_pair(prepared, tmp_path, policy):
     order = order_of(prepared, tmp_path / "one", policy, seed=0)
+    own_stream = torch.Generator().manual_seed(0 + 2)  # corpus and pairs have 0 and 1
+    first_epoch = torch.randperm(6, generator=own_stream).tolist()
+    assert order[:6] == first_epoch, "the order of batches is drawn with --seed + 2"
     torch.manual_seed(9)  # no other generator has a say
     assert order_of(prepared, tmp_path / "again", policy, seed=0) == order
     assert order_of(prepared, tmp_path / "other", policy, seed=1) != order
