@@ -407,6 +407,22 @@ def test_at_most_200_held_out_pairs_are_scored(n, scored, tmp_path):
     assert counts[1] - counts[0] == 2 * 2 * scored, "two evaluations, two responses"
 
 
+def test_those_that_are_scored_are_drawn_at_random(tmp_path):
+    """Not the first 200 of the file: there the chosen responses have 2 tokens, later 9. An untrained
+    model gives each of 257 tokens about the same probability."""
+    lines = []
+    for i in range(440):
+        chosen = "y"
+        if i >= 220:
+            chosen = "yesyesye"
+        lines.append({"prompt": f"{i}", "chosen": chosen, "rejected": "no"})
+    path = write_lines(tmp_path / "pairs.jsonl", lines)
+    flags = ["--data", path, *SMALL, "--held-out", 0.95, "--sft-epochs", 0]
+    row = run(*flags, "--out", tmp_path / "out").summary["rows"]["reference"]
+    mean_length = -row["held_out_chosen_logp"] / math.log(257)
+    assert 4.5 < mean_length < 6.5, "half of them, of 5.5 tokens on average"
+
+
 @pytest.mark.parametrize(
     "evaluations, wanted", [(1, [7]), (2, [4, 7]), (10, [1, 2, 3, 4, 5, 6, 7])]
 )

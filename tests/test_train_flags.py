@@ -279,6 +279,18 @@ def test_the_time_left_is_that_of_the_steps_to_come(pairs, tmp_path, monkeypatch
         assert int(left) == int(total) - int(step)
 
 
+def test_after_a_resume_only_the_steps_of_this_run_count(pairs, tmp_path, monkeypatch):
+    """They take a second each. Those that were made before took no time of this run."""
+    flags = ["--data", pairs, *SMALL, "--save-every", 3, "--evaluations", 7, "--out", tmp_path]
+    stop_before_step(4 + 5, *flags)  # four of SFT
+    steps = []
+    set_clock(monkeypatch, lambda: float(len(steps)))
+    with before_each_step(steps.append):
+        printed = run("--resume", "--out", tmp_path).printed
+    shown = re.findall(r"^DPO (\d)/7 .* (\d+) s left", printed, re.MULTILINE)
+    assert shown == [("4", "3"), ("5", "2"), ("6", "1"), ("7", "0")]
+
+
 def test_a_clock_may_stand_still(pairs, tmp_path, monkeypatch):
     """Some tick every 16 ms only: no time may seem to have passed between two steps."""
     set_clock(monkeypatch, lambda: 1.0)

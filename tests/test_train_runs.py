@@ -196,7 +196,7 @@ def test_other_flags_are_named_in_one_warning(stopped):
     resumed = run("--resume", "--lr", 0.02, "--beta", 0.3, "--seed", 0, "--out", stopped)
     [warning] = resumed.warned
     assert "\n" not in warning
-    for part in ("lr", "0.1", "beta", "None"):
+    for part in ("lr", "(was 0.1)", "beta", "(was None)"):
         assert part in warning
     assert "seed" not in warning
     assert resumed.rates[0] == pytest.approx(0.02 * 4 / 6), "the new rate, in step 4 of 7"
@@ -205,10 +205,16 @@ def test_other_flags_are_named_in_one_warning(stopped):
 
 
 @pytest.mark.parametrize(
-    "flags",
-    ["--n-embd 16", "--n-layer 2", "--n-head 2", "--block-size 32", "--optimizer rmsprop"],
+    "flags, own",
+    [
+        ("--n-embd 16", 8),
+        ("--n-layer 2", 1),
+        ("--n-head 2", 4),
+        ("--block-size 32", 64),
+        ("--optimizer rmsprop", "adamw"),
+    ],
 )
-def test_what_does_not_fit_is_refused(flags, stopped, capsys):
+def test_what_does_not_fit_is_refused(flags, own, stopped, capsys):
     """In one line, with exit status 2, before anything is written."""
     before = files_of(stopped)
     with pytest.raises(SystemExit) as raised:
@@ -216,7 +222,9 @@ def test_what_does_not_fit_is_refused(flags, stopped, capsys):
     assert raised.value.code == 2
     error = capsys.readouterr().err.strip()
     name = flags.split()[0].removeprefix("--").replace("-", "_")
-    assert name in error.splitlines()[-1].replace("-", "_")
+    last = error.splitlines()[-1]
+    assert name in last.replace("-", "_")
+    assert f" {own}, which cannot change" in last, "it names the value of the run"
     assert files_of(stopped) == before
 
 
@@ -230,12 +238,24 @@ def test_a_toy_run_is_not_resumed_on_pairs(whole_toy, pairs, tmp_path):
 
 
 def test_other_pairs_are_warned_of(stopped, pairs, tmp_path):
-    """Also if there are as many. They may be what the user wants."""
-    text = pairs.read_text()
-    other = tmp_path / "other.jsonl"
-    other.write_text(text.replace("please", "thanks"))
-    [warning] = run("--resume", "--data", other, "--out", stopped).warned
-    assert "pairs" in warning
+    """If one of them differs, in one letter. That may be what the user wants.
+
+    Of the 16 prompts two are held out, with at most two of the first ten lines each. Those lines do
+    not matter, the others do.
+    """
+    warned = 0
+    for changed in range(10):
+        lines = pairs.read_text(encoding="utf-8").splitlines()
+        record = json.loads(lines[changed])
+        record["chosen"] += "!"
+        lines[changed] = json.dumps(record)
+        other = tmp_path / "other.jsonl"
+        other.write_text("\n".join(lines), encoding="utf-8")
+        out = shutil.copytree(stopped, tmp_path / f"{changed}")
+        for warning in run("--resume", "--data", other, "--out", out).warned:
+            assert "not the pairs" in warning
+            warned += 1
+    assert 6 <= warned <= 10
 
 
 def test_what_init_names_is_not_read_again(whole, pairs, tmp_path):
@@ -357,14 +377,20 @@ def test_a_log_is_no_reason(whole, pairs, tmp_path):
     assert (tmp_path / "log").read_text() == "a line\n"
 
 
+@pytest.mark.parametrize("named", ["in full", "from here", "by a link"])
 @pytest.mark.parametrize("init", ["", "policy", "policy/../reference"])
-def test_a_run_does_not_overwrite_what_it_starts_from(init, whole_toy, tmp_path):
-    """Though it would be a toy run, which may be overwritten."""
+def test_a_run_does_not_overwrite_what_it_starts_from(
+    init, named, whole_toy, tmp_path, monkeypatch
+):
+    """Though it would be a toy run, which may be overwritten. However the folder is named."""
     out = shutil.copytree(whole_toy, tmp_path / "out")
     config = json_of(out / "policy/config.json")  # of a model, and of a run
     (out / "config.json").write_text(json.dumps(config | json_of(out / "config.json")))
     shutil.copy(out / "policy/pytorch_model.bin", out)
-    assert_refused("holds --init", *TOY, "--init", out / init, "--out", out)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(out)
+    folder = {"in full": out, "from here": Path("out"), "by a link": tmp_path / "link"}[named]
+    assert_refused("holds --init", *TOY, "--init", folder / init, "--out", out)
 
 
 def test_init_may_lie_beside_out_or_above_it(whole, pairs, tmp_path):
