@@ -149,7 +149,7 @@ CONTENDERS = {
 
 def serve(name, rows, folder, batch, pipe):
     """In a process of its own: for each n received, n steps -> (seconds, losses, peak bytes)."""
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # TRL talks
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # TRL talks
     warnings.simplefilter("ignore")
     as_train_sets_it()
     try:

@@ -93,7 +93,7 @@ def spoiled_files(rng, n):
 
 def train(*flags):
     args = [sys.executable, ROOT / "train.py", *flags]
-    return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
 
 
 def random_kills(rng, n):
