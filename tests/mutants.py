@@ -27,7 +27,8 @@ import tiktoken  # noqa: F401
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_RUN = ("bench", "grader", "notebook", "platforms", "readme")  # slow, or about other things than bugs
+# Slow, or about other things than bugs
+NOT_RUN = ("bench", "grader", "notebook", "platforms", "readme")
 TESTS = ["test_dpo.py"]
 for path in sorted((ROOT / "tests").glob("test_*.py")):
     if path.stem.removeprefix("test_") not in NOT_RUN:

@@ -42,6 +42,26 @@ def test_made_up_pairs_are_as_long_as_instructions():
         assert lengths == (5, 3, 3), "the lengths that were asked for, the end token counted"
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_the_column_of_peak_memory_is_left_out_where_it_is_unknown(known, monkeypatch, capsys):
+    """As on Windows, which has no module `resource`."""
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    if known:
+        pytest.importorskip("resource", reason="this platform does not tell a process its memory")
+        assert bench.peak() > 2**20, "this process fits in a megabyte?"
+    else:
+        monkeypatch.setattr(bench, "resource", None)
+        assert bench.peak() is None
+    found = {"ours": ([2.0, 2.0], [0.7, 0.6], [bench.peak()])}
+    bench.show(found, speed=1e9, flops=1e9)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    head, _, ours = rows
+    assert ("peak GB" in head) == known
+    assert "| 50% |" in ours, "useful: 1e9 flop in 2 seconds, of 1e9 in one"
+    for row in rows:
+        assert row.count("|") == head.count("|"), f"not as many cells as heads: {row}"
+
+
 def test_useful_arithmetic_by_hand():
     """A prompt of 2 and responses of 1 and 2 tokens feed 2 + 0 + 1 tokens, and score 3.
 

@@ -137,6 +137,7 @@ def whole_long(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this platform has no kill -9")
 @pytest.mark.parametrize("phase, number", [("SFT", 5), ("DPO", 4), ("DPO", 13)])
 def test_a_killed_run_is_resumed_to_the_same_weights(phase, number, whole_long, tmp_path):
     """kill -9, as soon as so many lines of this phase are printed."""
