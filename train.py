@@ -671,7 +671,7 @@ def set_up(args):
     if RANK > 0:  # one process speaks for all
         warnings.simplefilter("ignore")
     if RANK > 0 or sys.stdout is None:  # None: it is closed
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     if not args.data:
         torch.set_num_threads(1)  # more threads gain little, and wait while the machine is busy
     print(*[f"{name}={value}" for name, value in vars(args).items()])

@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -27,6 +26,11 @@ import data
 import dpo
 from experiments import lab, shared_row
 from model import GPT, GPTConfig
+
+try:
+    import resource
+except ImportError:  # Windows: the column of peak memory is left out
+    resource = None
 
 BETA, LR, BATCH, MICRO, VOCAB = 0.1, 1e-5, 8, 8, 50257  # MICRO: pairs at a time
 GROWTH = [(16, 32, 8), (64, 32, 8), (256, 32, 8), (512, 32, 8),  # tokens of prompt, of responses,
@@ -149,7 +153,7 @@ CONTENDERS = {
 
 def serve(name, rows, folder, batch, pipe):
     """In a process of its own: for each n received, n steps -> (seconds, losses, peak bytes)."""
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # TRL talks
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # TRL talks
     warnings.simplefilter("ignore")
     as_train_sets_it()
     try:
@@ -171,9 +175,11 @@ def as_train_sets_it():
 
 
 def peak():
-    """The most memory so far, in bytes: of the GPU's, else of this process."""
+    """The most memory so far, in bytes: of the GPU's, else of this process. None if unknown."""
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated()
+    if resource is None:
+        return None
     kilo = 1 if sys.platform == "darwin" else 1024
     return kilo * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -275,8 +281,11 @@ def grow(folder):
 
 def show(found, speed, flops, batch=BATCH):
     print(f"batches of {batch}; useful: of a large float32 product's {speed / 1e9:.0f} Gflop/s\n")
-    print("| contender | seconds a step (range) | pairs/s | ours is faster by | peak GB | useful |")
-    print("|---" * 6 + "|")
+    heads = ["contender", "seconds a step (range)", "pairs/s", "ours is faster by", "useful"]
+    if peak() is not None:
+        heads.append("peak GB")
+    print(f"| {' | '.join(heads)} |")
+    print("|---" * len(heads) + "|")
     base = found.get("ours", [[float("nan")]])[0]
     for name, (seconds, _, peaks) in found.items():
         middle = statistics.median(seconds)
@@ -284,7 +293,9 @@ def show(found, speed, flops, batch=BATCH):
         cells = [f"{middle:.3f} ({min(seconds):.3f} to {max(seconds):.3f})"]
         cells += [f"{batch / middle:.2f}"]
         cells += [f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
-        cells += [f"{peaks[-1] / 1e9:.2f}", f"{flops / middle / speed:.0%}"]
+        cells += [f"{flops / middle / speed:.0%}"]
+        if peaks[-1] is not None:
+            cells += [f"{peaks[-1] / 1e9:.2f}"]
         print(f"| {name} |", " | ".join(cells), "|")
     print("\nloss of the first steps")
     for name, (_, losses, _) in found.items():

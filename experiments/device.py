@@ -221,10 +221,11 @@ def scale():
             numbers = f"{stays / 1e9:.1f} | {a_pair / 1e9:.2f} | {fits} | {flops / 1e12:.2f}"
             print(f"| {name} | {parameters(n_embd, n_layer) / 1e6:.0f}M | {dtype} | {numbers} |")
     stays, a_pair = step_bytes(768, 12, 512, 256, "float32")
-    by_formula, measured = (stays + 4 * a_pair) / 1e9, peak_bytes(4) / 1e9
-    print(
-        f"\ngpt2, float32, 4 pairs: {by_formula:.2f} GB, measured {measured:.2f} on {bench.DEVICE}"
-    )
+    by_formula = (stays + 4 * a_pair) / 1e9
+    measured = "not measured"
+    if bench.peak() is not None:
+        measured = f"measured {peak_bytes(4) / 1e9:.2f}"
+    print(f"\ngpt2, float32, 4 pairs: {by_formula:.2f} GB, {measured} on {bench.DEVICE}")
 
 
 def peak_bytes(pairs):

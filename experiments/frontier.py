@@ -260,8 +260,8 @@ def main():
     names = "seed", "beta", "kl", "expected_reward"
     lab.save_csv(folder / "frontier_curve.csv", [dict(zip(names, point)) for point in points])
     draw(rows, curves, folder / "frontier.png")
-    (folder / "frontier.md").write_text(markdown(shares, len(seeds)))
-    print((folder / "frontier.md").read_text())
+    (folder / "frontier.md").write_text(markdown(shares, len(seeds)), encoding="utf-8")
+    print((folder / "frontier.md").read_text(encoding="utf-8"))
     print(f"{len(rows)} policies, none above the exact curve; see {folder}/frontier.png")
 
 

@@ -14,6 +14,7 @@ import inspect
 import itertools
 import math
 import os
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -347,6 +348,7 @@ def parse(description):
     help = "fewer seeds and settings, at most 2 minutes on two cores; writes to out-quick"
     parser.add_argument("--quick", action="store_true", help=help)
     quick = parser.parse_args().quick
+    sys.stdout.reconfigure(errors="replace")  # the tables' ± on an ASCII console
     folder = Path("out-quick" if quick else "assets")
     folder.mkdir(parents=True, exist_ok=True)
     return quick, folder
@@ -354,7 +356,7 @@ def parse(description):
 
 def save_csv(path, rows):
     """Dicts of one set of keys, as a table; floats with six significant digits."""
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         for row in rows:
@@ -370,7 +372,7 @@ def load_csv(path):
         except ValueError:
             return text
 
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
 
 

@@ -290,7 +290,7 @@ def main():
         lab.save_csv(folder / f"{name}.csv", part)
     draw(curves, calibrated, folder / "rlhf.png")
     tables = (lab.table(part, list(part[0])[1], list(part[0])[2:]) for part in (rows, found))
-    (folder / "rlhf.md").write_text(text := "\n".join(tables))
+    (folder / "rlhf.md").write_text(text := "\n".join(tables), encoding="utf-8")
     print(f"{text}\nmean ± standard deviation, {len(seeds)} seeds; see {folder}/rlhf.png")
 
 

@@ -6,6 +6,7 @@ draws anew from the CSV files in assets/, without training; writes assets/claims
 "Holds" is decided by a rule that stands in the function. Bands and ± are a standard deviation.
 """
 
+import sys
 from pathlib import Path
 
 import torch
@@ -286,9 +287,10 @@ def main(folder=Path("assets")):
             continue
         fig.savefig(folder / f"claims_{claim.__name__}.png", dpi=100)
         table.append(row)
-    (folder / "claims.md").write_text("\n".join(table) + "\n")
+    (folder / "claims.md").write_text("\n".join(table) + "\n", encoding="utf-8")
     print("\n".join(table))
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # the table's ± on an ASCII console
     main()

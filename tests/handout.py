@@ -52,11 +52,13 @@ def hand_out(folder):
     for name in FILES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
-    (folder / "dpo.py").write_text(without_bodies((ROOT / "dpo.py").read_text()))
+    source = (ROOT / "dpo.py").read_text(encoding="utf-8")
+    (folder / "dpo.py").write_text(without_bodies(source), encoding="utf-8")
     print(f"{folder}/dpo.py has {sum(map(len, EXERCISES.values()))} functions to write")
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
+    sys.stdout.reconfigure(errors="replace")  # print "?" for what the console cannot show
     hand_out(Path(sys.argv[1]))

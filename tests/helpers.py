@@ -314,7 +314,7 @@ def all_lines_of(out):
 
 
 def json_of(path):
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def weights_of(folder):
@@ -336,7 +336,7 @@ def files_of(folder):
 def write_lines(path, records):
     """Records as a file of JSON lines. Returns the path."""
     lines = [json.dumps(record) for record in records]
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 

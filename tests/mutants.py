@@ -27,7 +27,8 @@ import tiktoken  # noqa: F401
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_RUN = ("bench", "grader", "notebook", "readme")  # slow, or about other things than bugs
+# Slow, or about other things than bugs
+NOT_RUN = ("bench", "grader", "notebook", "platforms", "readme")
 TESTS = ["test_dpo.py"]
 for path in sorted((ROOT / "tests").glob("test_*.py")):
     if path.stem.removeprefix("test_") not in NOT_RUN:
@@ -242,11 +243,11 @@ def run(mutant, clean):
     name, file, old, new = mutant
     with tempfile.TemporaryDirectory() as copy:
         shutil.copytree(clean, copy, dirs_exist_ok=True)
-        text = (Path(clean) / file).read_text()
+        text = (Path(clean) / file).read_text(encoding="utf-8")
         assert old in text, f"{name}: the line to change is not there any more"
         text = text.replace(old, new, 1)
         compile(text, file, "exec")  # a bug that is no Python would be caught by anything
-        (Path(copy) / file).write_text(text)
+        (Path(copy) / file).write_text(text, encoding="utf-8")
         os.chdir(copy)
         signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError))
         signal.alarm(400)  # some bugs never end
@@ -259,7 +260,8 @@ def run(mutant, clean):
             "no:cacheprovider",
             *(["-m", "slow or not slow"] if runs else []),
         ]
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        nowhere = open(os.devnull, "w", encoding="utf-8")
+        with nowhere, contextlib.redirect_stdout(nowhere):
             status = pytest.main([*flags, *tests], [first])
         signal.alarm(0)
         os.chdir("/")
@@ -275,12 +277,12 @@ def generated():
     """mutmut forks once a change and runs only the tests that reach it. Prints what survives."""
     with tempfile.TemporaryDirectory() as folder:
         copy_code(folder)
-        (Path(folder) / "setup.cfg").write_text(GENERATED)
+        (Path(folder) / "setup.cfg").write_text(GENERATED, encoding="utf-8")
 
         def mutmut(*arguments, **settings):
             command = [sys.executable, "-m", "mutmut", *arguments]
-            env = os.environ | {"OMP_NUM_THREADS": "1"}
-            return subprocess.run(command, cwd=folder, env=env, text=True, **settings)
+            env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+            return subprocess.run(command, cwd=folder, env=env, encoding="utf-8", **settings)
 
         mutmut("run", *WHERE)
         results = mutmut("results", stdout=subprocess.PIPE).stdout
@@ -314,7 +316,7 @@ def main():
     report = [f"`python tests/mutants.py`: {total}.", "", "| bug | killed by |", "|---|---|"]
     report += [f"| {name} | `{caught or '**survives**'}` |" for name, caught in rows]
     if not args.only:
-        (ROOT / "tests/mutants.md").write_text("\n".join(report) + "\n")
+        (ROOT / "tests/mutants.md").write_text("\n".join(report) + "\n", encoding="utf-8")
     print(total, *survived, sep="\n  survives: ")
     sys.exit(bool(survived))
 

@@ -10,7 +10,6 @@ resumed until it ends, and its weights must be those of a run that nothing distu
 import argparse
 import json
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -93,7 +92,7 @@ def spoiled_files(rng, n):
 
 def train(*flags):
     args = [sys.executable, ROOT / "train.py", *flags]
-    return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
 
 
 def random_kills(rng, n):
@@ -111,7 +110,7 @@ def random_kills(rng, n):
                 try:
                     _, err = process.communicate(timeout=rng.uniform(0, seconds))
                 except subprocess.TimeoutExpired:
-                    process.send_signal(signal.SIGKILL)
+                    process.kill()
                     process.communicate()
                     kills += 1
                 else:

@@ -13,16 +13,57 @@ from experiments.lab import WORLD
 from model import GPT, load
 from tests.helpers import descend, expect, lines_of, run
 
+f64 = torch.float64
 PLACE = {y: i for i, y in enumerate(WORLD.responses)}
 
 
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def sigma(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def doubles(values):
+    return torch.tensor(values, dtype=f64)
+
+
+def optimum_of_eq4(ref, beta):
+    logps, _ = dpo.optimal_policy(ref, WORLD.rewards, beta)
+    return logps
+
+
+def p_wins(x, y, other):
+    """Eq. 1 on the true rewards: how often response y to prompt x beats the other one."""
+    margin = WORLD.rewards[x, y] - WORLD.rewards[x, other]
+    return sigma(margin.item())
+
+
+def uniform():
+    """log pi(y|x) where all responses are alike: (2, 1111)."""
+    return torch.full((2, 1111), -math.log(1111), dtype=f64)
+
+
 @pytest.fixture(scope="module")
-def sft():
-    """A small network in place of a trained reference, with its exact table."""
+def model():
+    """A small network in place of a trained reference."""
     model = lab.new_gpt(0)
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
-    return model, lab.listed(model).detach()
+    return model
+
+
+@pytest.fixture(scope="module")
+def ref(model):
+    """Its exact table, (2, 1111)."""
+    return lab.listed(model).detach()
+
+
+@pytest.fixture
+def reference(model, ref, monkeypatch):
+    """lab.reference gives this network and its table, whatever the seed."""
+    monkeypatch.setattr(lab, "reference", lambda seed: (model, ref))
 
 
 # lab.py
@@ -30,9 +71,10 @@ def sft():
 
 def test_a_step_of_the_lab_is_a_step_of_train_py(tmp_path):
     """Away from the reference: a run is resumed from a checkpoint that holds another policy."""
-    run(*"--pairs 64 --sft-epochs 0.01 --epochs 1 --save-every 1 --out".split(), tmp_path)
+    flags = "--pairs 64 --sft-epochs 0.01 --epochs 1 --save-every 1 --out".split()
+    run(*flags, tmp_path)
     policy = lab.new_gpt(5)
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     for parameter in policy.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     checkpoint = load(tmp_path / "checkpoint.pt")
@@ -46,154 +88,207 @@ def test_a_step_of_the_lab_is_a_step_of_train_py(tmp_path):
     theirs = load(tmp_path / "checkpoint.pt")["optimizer"]["state"]
 
     reference = GPT.from_pretrained(tmp_path / "reference")
-    drawn = WORLD.draw_pairs(WORLD.logps(reference), 64, torch.Generator().manual_seed(1))
+    drawn = WORLD.draw_pairs(WORLD.logps(reference), 64, seeded(1))
     rows = WORLD.rows(drawn)
     ref_logps = lab.all_logps(reference, rows)
     optimizer = lab.adamw(policy, line["lr"])
-    losses, grad_norm = lab.train_step(
-        policy, optimizer, rows, torch.arange(64), ref_logps=ref_logps
-    )
-    assert line["margin"] > 0.1 or line["margin"] < -0.1, "the policy is the reference"
+    ids = torch.arange(64)
+    losses, grad_norm = lab.train_step(policy, optimizer, rows, ids, ref_logps=ref_logps)
+    assert abs(line["margin"]) > 0.1, "the policy is the reference, so nothing is shown"
     expect(losses.mean(), line["loss"], "the loss of lab.train_step (got), of train.py", 1e-5)
     expect(grad_norm / line["grad_norm"], 1.0, "the gradient norm, divided by train.py's", 1e-5)
     ours = optimizer.state_dict()["state"]
     for index, state in ours.items():
         moment = state["exp_avg"]
+        tolerance = 1e-5 * moment.abs().max().item() + 1e-9
         why = f"AdamW's first moment of parameter {index}: lab's (got), train.py's"
-        expect(moment, theirs[index]["exp_avg"], why, 1e-5 * moment.abs().max().item() + 1e-9)
+        expect(moment, theirs[index]["exp_avg"], why, tolerance)
 
 
-def test_soft_labels_by_hand(sft):
+def test_soft_labels_by_hand(ref):
     """p times the loss of the pair and 1 - p times that of the reversed pair, away from ref."""
-    _, ref = sft
-    drawn = WORLD.draw_pairs(ref, 50, torch.Generator().manual_seed(0))
-    policy = ref + 0.5 * torch.randn(ref.shape, generator=torch.Generator().manual_seed(1))
-    losses = lab.soft_preferences(dpo.dpo_loss, drawn, ref, beta=0.5)(policy, torch.arange(50))
-    for i, (x, w, l) in enumerate(zip(*(column.tolist() for column in drawn))):
-        margin = 0.5 * ((policy - ref)[x, w] - (policy - ref)[x, l])
-        p = 1 / (1 + (WORLD.rewards[x, l] - WORLD.rewards[x, w]).exp())  # Eq. 1
-        by_hand = p * (1 + (-margin).exp()).log() + (1 - p) * (1 + margin.exp()).log()
-        expect(losses[i], by_hand, "soft labels: p L(chosen, rejected) + (1 - p) L(reversed)", 1e-6)
+    drawn = WORLD.draw_pairs(ref, 50, seeded(0))
+    policy = ref + 0.5 * torch.randn(ref.shape, generator=seeded(1))
+    losses_of = lab.soft_preferences(dpo.dpo_loss, drawn, ref, beta=0.5)
+    got = losses_of(policy, torch.arange(50))
+    rewards = 0.5 * (policy - ref)  # (5)
+    for i in range(50):
+        x = drawn.prompt[i]
+        w = drawn.chosen[i]
+        l = drawn.rejected[i]
+        margin = rewards[x, w] - rewards[x, l]
+        p = p_wins(x, w, l)
+        if_chosen_wins = torch.log1p((-margin).exp())
+        if_rejected_wins = torch.log1p(margin.exp())
+        by_hand = p * if_chosen_wins + (1 - p) * if_rejected_wins
+        expect(got[i], by_hand, "soft labels: p L(chosen, rejected) + (1 - p) L(reversed)", 1e-6)
 
 
-def test_training_through_the_table_is_training_on_rows(sft, monkeypatch):
+THROUGH_THE_TABLE = [  # a loss, the settings it is given, and all of them
+    (dpo.dpo_loss, {"beta": 0.7}, {"beta": 0.7}),
+    (dpo.cdpo_loss, {"epsilon": 0.3}, {"beta": 1.0, "epsilon": 0.3}),
+    (losses.simpo_loss, {"gamma": 0.2}, {"beta": 1.0, "gamma": 0.2}),  # and the lengths
+]
+
+
+@pytest.mark.parametrize("loss, given, settings", THROUGH_THE_TABLE)
+def test_training_through_the_table_is_training_on_rows(loss, given, settings, model, ref):
     """The same losses and the same gradient of every weight as data.collate's rows give; a loss
-    gets beta, its own settings and the lengths that it names. The reference stays as it is."""
-    model, ref = sft
-    drawn = WORLD.draw_pairs(ref, 64, torch.Generator().manual_seed(0))
-    start = ref - 0.1 * torch.randn(ref.shape, generator=torch.Generator().manual_seed(1))
-    x, both = drawn.prompt, torch.stack([drawn.chosen, drawn.rejected])
+    gets beta, its own settings and the lengths that it names."""
+    drawn = WORLD.draw_pairs(ref, 64, seeded(0))
+    start = ref - 0.1 * torch.randn(ref.shape, generator=seeded(1))
+    places = torch.arange(63, -1, -1)
+    losses_of = lab.preferences(loss, drawn, start, **given)
+    got = losses_of(lab.listed(model), places)
+
     ids, mask = data.collate(WORLD.rows(drawn), range(64))
-    four = (*dpo.response_logps(model, ids, mask).chunk(2), *start[x, both].float())
-    lengths = mask.sum(1).chunk(2)
-    for loss, given, wanted in (
-        (dpo.dpo_loss, {"beta": 0.7}, dpo.dpo_loss(*four, beta=0.7).losses),
-        (dpo.cdpo_loss, {"epsilon": 0.3}, dpo.cdpo_loss(*four, beta=1.0, epsilon=0.3)),
-        (losses.simpo_loss, {"gamma": 0.2}, losses.simpo_loss(*four, *lengths, 1.0, 0.2)),
-    ):
-        places = torch.arange(63, -1, -1)
-        got = lab.preferences(loss, drawn, start, **given)(lab.listed(model), places)
-        expect(got, wanted[places], f"{loss.__name__} of the table and of plain rows", 1e-5)
-        grads = [torch.autograd.grad(y.mean(), list(model.parameters()), retain_graph=True)
-                 for y in (got, wanted)]  # fmt: skip
-        for a, b in zip(*grads):
-            expect(a, b, "gradients through the table and through plain rows", 1e-5)
-    monkeypatch.setattr(lab, "reference", lambda seed: sft)
-    for kind in ("network", "table"):
-        (_, start), _, (_, end) = lab.train_dpo(0, drawn, steps=2, kind=kind)
-        expect(start, ref, "the policy starts as the reference")
-        assert not torch.equal(start, end) and torch.equal(lab.listed(model), ref), kind
+    policy_chosen, policy_rejected = dpo.response_logps(model, ids, mask).chunk(2)
+    ref_chosen = start[drawn.prompt, drawn.chosen].float()
+    ref_rejected = start[drawn.prompt, drawn.rejected].float()
+    if loss is losses.simpo_loss:
+        chosen_lengths, rejected_lengths = mask.sum(1).chunk(2)
+        settings = settings | {"chosen_lengths": chosen_lengths}
+        settings["rejected_lengths"] = rejected_lengths
+    wanted = loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, **settings)
+    wanted = getattr(wanted, "losses", wanted)[places]
+    expect(got, wanted, f"{loss.__name__} through the table (got) and on plain rows", 1e-5)
+
+    weights = list(model.parameters())
+    got = torch.autograd.grad(got.mean(), weights)
+    wanted = torch.autograd.grad(wanted.mean(), weights)
+    for one, other in zip(got, wanted):
+        expect(one, other, "the gradient through the table (got) and on plain rows", 1e-5)
 
 
-def test_measure_and_the_listed_responses(sft):
-    """lab.measure: ToyWorld's numbers, the mass on 16 grammatical responses, and the entropy."""
-    expect(sft[1], WORLD.logps(sft[0]), "listed by prefixes, and one row a response", 1e-4)
-    wanted = {"": 1, " good": 2, " not good": 3, " not very good": 3}
-    got = {y: lab.LENGTHS[PLACE[y]] for y in wanted}
-    assert got == wanted, "words and, below K = 3 of them, the end"
-    logps = torch.full((2, 1111), -math.log(1111), dtype=torch.float64)
+@pytest.mark.parametrize("kind", ["network", "table"])
+def test_training_begins_at_the_reference_and_leaves_it(kind, model, ref, reference):
+    drawn = WORLD.draw_pairs(ref, 64, seeded(0))
+    (_, start), _, (_, end) = lab.train_dpo(0, drawn, steps=2, kind=kind)
+    expect(start, ref, f"the policy of a {kind} starts as the reference")
+    assert not torch.equal(start, end), f"the policy of a {kind} does not move"
+    assert torch.equal(lab.listed(model), ref), "the reference was trained: it must be a copy"
+
+
+def test_listed_responses(model, ref):
+    expect(ref, WORLD.logps(model), "listed by prefixes (got), and one row a response", 1e-4)
+    lengths = {"": 1, " good": 2, " not good": 3, " not very good": 3}
+    for response, length in lengths.items():
+        got = lab.LENGTHS[PLACE[response]]
+        assert got == length, f"{response!r}: words and, below K = 3 of them, the end"
+
+
+def test_measure_by_hand():
+    """ToyWorld's numbers, the mass on 16 grammatical responses, and the entropy. Prompt 0: all
+    responses alike. Prompt 1: two alone, one of which is no grammatical response."""
+    logps = uniform()
     logps[1] = -torch.inf
-    logps[1, [PLACE[" good"], PLACE[" very not good"]]] = torch.tensor([0.75, 0.25]).double().log()
-    both = [lab.measure(logps, logps, 2.0, slice(x, x + 1)) for x in (0, 1)]
-    assert [row["grammatical"] for row in both] == pytest.approx([16 / 1111, 0.75])
+    logps[1, PLACE[" good"]] = math.log(0.75)
+    logps[1, PLACE[" very not good"]] = math.log(0.25)
     coin = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
-    assert [row["entropy"] for row in both] == pytest.approx([math.log(1111), coin])
-    exact, mean = WORLD.measure(logps, logps, 2.0), lab.measure(logps, logps, 2.0)
-    assert mean.items() > exact.items() and mean["kl"] == 0
-    assert mean["entropy"] == pytest.approx((math.log(1111) + coin) / 2), "means over the prompts"
+    alike = lab.measure(logps, logps, 2.0, slice(0, 1))
+    assert alike["grammatical"] == pytest.approx(16 / 1111)
+    assert alike["entropy"] == pytest.approx(math.log(1111))
+    two = lab.measure(logps, logps, 2.0, slice(1, 2))
+    assert two["grammatical"] == pytest.approx(0.75)
+    assert two["entropy"] == pytest.approx(coin)
+
+    both = lab.measure(logps, logps, 2.0)
+    mean = (math.log(1111) + coin) / 2
+    assert both["entropy"] == pytest.approx(mean), "the mean over the prompts"
+    assert both["kl"] == 0
+    assert both.items() > WORLD.measure(logps, logps, 2.0).items(), "and the world's own numbers"
 
 
-def test_agreement_by_hand(monkeypatch):
-    assert lab.mean_ranks(torch.tensor([5.0, 1.0, 5.0])).tolist() == [2.5, 1.0, 2.5]
-    ref = torch.full(WORLD.rewards.shape, -math.log(1111), dtype=torch.float64)
-    found = lab.agreement(WORLD.rewards * 1.0, ref)
+def test_mean_ranks_by_hand():
+    ranks = lab.mean_ranks(torch.tensor([5.0, 1.0, 5.0]))
+    expect(ranks, [2.5, 1.0, 2.5], "equal values share the mean of their ranks")
+
+
+def test_agreement_with_r_itself_and_with_its_opposite():
+    ref = uniform()
+    found = lab.agreement(WORLD.rewards, ref)
     wanted = {"rank_correlation": 1.0, "pair_accuracy": 1.0, "probability_error": 0.0}
     assert found == pytest.approx(wanted, abs=1e-12), "r* agrees with itself"
     found = lab.agreement(-WORLD.rewards, ref)
-    assert found["rank_correlation"] == pytest.approx(-1) and found["pair_accuracy"] == 0
+    assert found["rank_correlation"] == pytest.approx(-1)
+    assert found["pair_accuracy"] == 0
 
-    # three responses that the reference draws, with true rewards 2, -2, 0 of the film ("" is 0), in
-    # shares 0.5, 0.3, 0.2; the rewards found say 0, 1, 2. Pairs: good > dull is missed (0.15 of
-    # 0.31), good > "" missed (0.1), dull < "" right (0.06)
+
+def test_agreement_by_hand(monkeypatch):
+    """Of three responses, which the reference draws with probability 0.5, 0.3 and 0.2.
+
+    Their true rewards are 2, -2 and 0, the rewards found 0, 1 and 2. So of the three pairs,
+    good > dull (weight 0.15) and good > "" (0.1) are ranked wrong, dull < "" (0.06) right.
+    """
     at = [PLACE[" good"], PLACE[" dull"], PLACE[""]]
     assert WORLD.rewards[0, at].tolist() == [2.0, -2.0, 0.0]
-    ref = torch.full_like(WORLD.rewards, -torch.inf)
-    ref[:, at] = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
-    rewards = torch.zeros_like(WORLD.rewards)
-    rewards[:, at] = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    ref = torch.full((1, 1111), -torch.inf, dtype=f64)
+    ref[0, at] = doubles([0.5, 0.3, 0.2]).log()
+    rewards = torch.zeros(1, 1111, dtype=f64)
+    rewards[0, at] = doubles([0.0, 1.0, 2.0])
     monkeypatch.setattr(lab.WORLD, "rewards", WORLD.rewards[:1])
-    found = lab.agreement(rewards[:1], ref[:1])
-    expect(found["pair_accuracy"], 0.06 / 0.31, "pairs weighed as pi_ref draws them")
-
-    def sigma(m):
-        return 1 / (1 + math.exp(-m))
-
-    apart = 0.15 * (sigma(4) - sigma(-1)) + 0.1 * (sigma(2) - sigma(-2))
+    found = lab.agreement(rewards, ref)
+    total = 0.15 + 0.1 + 0.06
+    expect(found["pair_accuracy"], 0.06 / total, "pairs weighed as pi_ref draws them")
+    apart = 0.15 * (sigma(4) - sigma(-1))
+    apart += 0.1 * (sigma(2) - sigma(-2))
     apart += 0.06 * (sigma(2) - sigma(1))
-    expect(found["probability_error"], apart / 0.31, "|sigma(r - r') - p|, weighed alike")
-    rewards[:, at[1]] = 0.0
-    tied = lab.agreement(rewards[:1], ref[:1])["pair_accuracy"]
-    expect(tied, (0.06 + 0.15 / 2) / 0.31, "a tie counts half")
+    expect(found["probability_error"], apart / total, "|sigma(r - r') - p|, weighed alike")
+
+    rewards[0, PLACE[" dull"]] = 0.0
+    tied = lab.agreement(rewards, ref)["pair_accuracy"]
+    expect(tied, (0.06 + 0.15 / 2) / total, "a tie counts half")
 
 
-def test_flipped_labels_and_pairs_of_one_prompt(monkeypatch, sft):
-    monkeypatch.setattr(lab, "reference", lambda seed: sft)
+def test_flipped_labels_and_pairs_of_one_prompt(reference):
     clean = lab.draw(0, 4000, "deterministic")
-    won, lost = (WORLD.rewards[clean.prompt, side] for side in clean[1:3])
+    won = WORLD.rewards[clean.prompt, clean.chosen]
+    lost = WORLD.rewards[clean.prompt, clean.rejected]
     assert (won >= lost).all(), "without flips the higher true reward wins every pair"
+
     noisy = lab.draw(0, 4000, "deterministic", flip=0.2)
     exchanged = (noisy.chosen == clean.rejected) & (noisy.rejected == clean.chosen)
     differ = clean.chosen != clean.rejected
-    assert exchanged[differ].float().mean().item() == pytest.approx(0.2, abs=0.03)
+    flipped = exchanged[differ].float().mean().item()
+    assert flipped == pytest.approx(0.2, abs=0.03), "a fifth of the labels is flipped"
+
     kept = lab.draw(0, 4000, "deterministic", among=0)
+    assert (kept.prompt == 0).all(), "pairs of prompt 0 alone"
+    assert len(kept.prompt) == (clean.prompt == 0).sum(), "all of them"
     other = lab.draw(0, 4000, "deterministic", stream=2000)
     assert not torch.equal(other.chosen, clean.chosen), "another stream draws other pairs"
-    assert (kept.prompt == 0).all() and len(kept.prompt) == (clean.prompt == 0).sum()
 
 
 # rlhf.py: the reward model
 
 
-def test_reward_model_reads_the_last_token_of_the_response(sft):
+@pytest.mark.parametrize(
+    "response, ids", [(" good", [4, 10]), (" not very good", [8, 9, 4]), ("", [10])]
+)
+def test_reward_model_reads_the_last_token_of_the_response(response, ids, model):
     """The reward of a response: the head at its last token, END where there is one, and never what
     fills the row after it."""
-    model = rlhf.Scalar(sft[0])
-    torch.nn.init.normal_(model.head.weight)
-    for y, ids in ((" good", [4, 10]), (" not very good", [8, 9, 4]), ("", [10])):
-        alone = model(torch.tensor([WORLD.prompt_ids[1].tolist() + ids]))[0, -1]
-        row = rlhf.score(model, torch.tensor([1]), torch.tensor([PLACE[y]]))[0]
-        expect(row.detach(), alone.item(), f"reward of {y!r}", 1e-5)
+    reward_model = rlhf.Scalar(model)
+    torch.nn.init.normal_(reward_model.head.weight)
+    prompt = WORLD.prompt_ids[1].tolist()
+    alone = reward_model(torch.tensor([prompt + ids]))[0, -1]
+    x = torch.tensor([1])
+    y = torch.tensor([PLACE[response]])
+    [reward] = rlhf.score(reward_model, x, y)
+    expect(reward, alone.item(), f"the reward of {response!r}: read at its last token", 1e-5)
 
 
-def test_reward_model_starts_at_log_2_and_learns_eq2(sft):
+def test_reward_model_starts_at_log_2_and_learns_eq2(model, ref):
     """A head of zeros ties every pair; on the same pairs Eq. 2 then ranks by r*."""
-    model, ref = sft
-    zero = rlhf.score(rlhf.Scalar(model), torch.tensor([0, 1]), torch.tensor([5, 900]))
-    loss = dpo.reward_model_loss(zero[:1], zero[1:])
-    expect(loss.detach(), [math.log(2)], "Eq. 2 where both rewards are 0", 1e-6)
-    drawn = WORLD.draw_pairs(ref, 10_000, torch.Generator().manual_seed(0))
+    x = torch.tensor([0, 1])
+    y = torch.tensor([5, 900])
+    first, second = rlhf.score(rlhf.Scalar(model), x, y).chunk(2)
+    loss = dpo.reward_model_loss(first, second)
+    expect(loss, [math.log(2)], "Eq. 2 where both rewards are 0", 1e-6)
+    drawn = WORLD.draw_pairs(ref, 10_000, seeded(0))
     rewards = rlhf.train_reward_model(model, drawn, epochs=1)
-    expect((ref.exp() * rewards).sum(-1), [0.0, 0.0], "E_ref[r_phi], section 3")
+    mean = (ref.exp() * rewards).sum(-1)
+    expect(mean, [0.0, 0.0], "section 3: E_ref[r_phi] is 0 for each prompt")
     found = lab.agreement(rewards, ref)
     assert found["pair_accuracy"] > 0.65, f"Eq. 2 has learnt to rank the wrong way round? {found}"
 
@@ -201,20 +296,33 @@ def test_reward_model_starts_at_log_2_and_learns_eq2(sft):
 # rlhf.py: PPO
 
 
-def test_ppo_loss_counts_what_the_mask_counts(sft):
+# Responses of 0, 1, 2 and 3 words, to either prompt, and the tokens of each that count
+X = torch.tensor([0, 1, 1, 0])
+Y = torch.tensor([0, 7, 55, 1000])
+IDS = torch.cat([WORLD.prompt_ids[X], rlhf.RESPONSES[Y]], 1)
+MASK = torch.tensor(
+    [
+        [True, False, False],  # END alone
+        [True, True, False],  # a word and END
+        [True, True, True],  # two words and END
+        [True, True, True],  # three words, and no END
+    ]
+)
+
+
+def test_ppo_loss_counts_what_the_mask_counts(model):
     """Where the policy is still the old one: -mean A, plus mean return^2 for a critic of zeros."""
-    model, _ = sft
-    critic, places = rlhf.Scalar(model), torch.tensor([0, 7, 55, 1000])  # of 0, 1, 2, 3 words
-    ids = torch.cat([WORLD.prompt_ids[torch.tensor([0, 1, 1, 0])], rlhf.RESPONSES[places]], 1)
-    mask = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 1]]).bool()
-    old = rlhf.token_logps(model, ids).detach()
-    advantages = torch.where(mask, torch.arange(12.0).view(4, 3), 99.0)  # 0, 3, 4, 6, 7, ..., 11
-    returns = torch.where(mask, 2.0, 99.0)
-    loss = rlhf.ppo_loss(model, critic, ids, old, advantages, returns, mask, 0.2)
+    critic = rlhf.Scalar(model)
+    old = rlhf.token_logps(model, IDS).detach()
+    every = torch.arange(12.0).view(4, 3)
+    advantages = torch.where(MASK, every, 99.0)  # 0, 3, 4, and 6 to 11: 58 in all
+    returns = torch.where(MASK, 2.0, 99.0)
+    loss = rlhf.ppo_loss(model, critic, IDS, old, advantages, returns, MASK, clip=0.2)
     expect(loss, -58 / 9 + 4, "PPO's loss at the old policy; is the filling after END in it?", 1e-5)
     loss.backward()
     assert critic.head.bias.grad.item() == pytest.approx(-4), "d mean (V - 2)^2 / d V at V = 0"
-    assert any(parameter.grad.any() for parameter in model.parameters()), "no slope for the policy"
+    slopes = [parameter.grad.any() for parameter in model.parameters()]
+    assert any(slopes), "PPO's loss has no slope for the policy"
     model.zero_grad()
 
 
@@ -224,149 +332,189 @@ def test_place_of_finds_every_response():
 
 
 def test_gae_by_hand():
-    """One response of two tokens (a third is filling) and one of three."""
+    """One response of two tokens (a third is filling) and one of three.
+
+    Row 1: delta_2 = 2 - 0.4 = 1.6, delta_1 = 0.5 + 0.4 - 1 = -0.1; A_1 = -0.1 + 0.5 * 1.6.
+    Row 2: deltas 0.1, 0.1, 0.6: A_3 = 0.6, A_2 = 0.1 + 0.3 = 0.4, A_1 = 0.1 + 0.2 = 0.3.
+    """
+    mask = MASK[1:3]
     rewards = torch.tensor([[0.5, 2.0, 9.0], [0.0, 0.0, 1.0]])
     values = torch.tensor([[1.0, 0.4, 7.0], [0.2, 0.3, 0.4]])
-    mask = torch.tensor([[True, True, False], [True, True, True]])
     advantages, returns = rlhf.gae(rewards, values, mask, lam=0.5)
-    # row 1: delta_2 = 2 - 0.4 = 1.6, delta_1 = 0.5 + 0.4 - 1 = -0.1; A_1 = -0.1 + 0.5 * 1.6
-    # row 2: deltas 0.1, 0.1, 0.6: A_3 = 0.6, A_2 = 0.1 + 0.3 = 0.4, A_1 = 0.1 + 0.2 = 0.3
     expect(advantages, [[0.7, 1.6, 0.0], [0.3, 0.4, 0.6]], "advantages, GAE's Eq. 16", 1e-6)
     expect(returns[mask], [1.7, 2.0, 0.5, 0.7, 1.0], "returns, A + V", 1e-6)
     plain, _ = rlhf.gae(rewards, values, mask, lam=1.0)
-    expect(plain[:, 0], [2.5 - 1.0, 1.0 - 0.2], "at lambda 1: the reward to come, minus V", 1e-6)
-    one_step, _ = rlhf.gae(rewards, values, mask, lam=0.0)
-    expect(one_step[mask], [-0.1, 1.6, 0.1, 0.1, 0.6], "at lambda 0: delta alone", 1e-6)
+    why = "GAE at lambda 1: the reward to come, minus V"
+    expect(plain[:, 0], [2.5 - 1.0, 1.0 - 0.2], why, 1e-6)
 
 
-def test_ppo_clips_on_the_side_that_the_advantage_asks_for():
-    """Arxiv 1707.06347, Eq. 7 and its Figure 1, at ratios 0.5, 1.1 and 1.5 with clip 0.2."""
-    ratios = torch.tensor([0.5, 1.1, 1.5], dtype=torch.float64)
-    for sign, losses, slopes in (
-        (1.0, [-0.5, -1.1, -1.2], [-0.5, -1.1, 0.0]),  # better: no more once above 1.2
-        (-1.0, [0.8, 1.1, 1.5], [0.0, 1.1, 1.5]),  # worse: no less once below 0.8
-    ):
-        logps = ratios.log().requires_grad_()
-        loss = rlhf.clipped_loss(logps, torch.zeros(3), torch.full((3,), sign), 0.2)
-        expect(loss.detach(), losses, f"clipped loss, advantage {sign}")
-        (slope,) = torch.autograd.grad(loss.sum(), logps)
-        expect(slope, slopes, f"its slope in log pi, advantage {sign}: 0 beyond the clip")
+CLIPPED = [  # the sign of the advantage; losses and their slopes at ratios 0.5, 1.1 and 1.5
+    (1.0, [-0.5, -1.1, -1.2], [-0.5, -1.1, 0.0]),  # better: no more once above 1.2
+    (-1.0, [0.8, 1.1, 1.5], [0.0, 1.1, 1.5]),  # worse: no less once below 0.8
+]
 
 
-def test_token_rewards_add_up_to_section_3s_reward(sft):
+@pytest.mark.parametrize("sign, losses, slopes", CLIPPED)
+def test_ppo_clips_on_the_side_that_the_advantage_asks_for(sign, losses, slopes):
+    """Arxiv 1707.06347, Eq. 7 and its Figure 1, with clip 0.2."""
+    ratios = doubles([0.5, 1.1, 1.5])
+    logps = ratios.log().requires_grad_()
+    old_logps = torch.zeros(3)
+    advantages = torch.full((3,), sign)
+    loss = rlhf.clipped_loss(logps, old_logps, advantages, 0.2)
+    expect(loss, losses, f"clipped loss, advantage {sign}")
+    (slope,) = torch.autograd.grad(loss.sum(), logps)
+    expect(slope, slopes, f"its slope in log pi, advantage {sign}: 0 beyond the clip")
+
+
+@torch.no_grad()
+def test_token_rewards_add_up_to_section_3s_reward(model, ref):
     """r - beta (log pi - log pi_ref) of the whole response; what follows it counts 0."""
-    model, ref = sft
-    other = lab.new_gpt(3)
-    x, y = torch.tensor([0, 1, 1, 0]), torch.tensor([0, 7, 55, 1000])
-    ids = torch.cat([WORLD.prompt_ids[x], rlhf.RESPONSES[y]], 1)
-    mask = torch.arange(WORLD.K) < rlhf.LENGTHS[y, None]
-    with torch.no_grad():
-        logps, of_ref = rlhf.token_logps(other, ids), rlhf.token_logps(model, ids)
-        table = lab.listed(other)
-        expect((logps * mask).sum(1), table[x, y], "token log-probs against the listed ones", 1e-5)
-        got = rlhf.token_rewards(WORLD.rewards[x, y].float(), logps, of_ref, mask, 0.3)
-    wanted = WORLD.rewards[x, y] - 0.3 * (table - ref)[x, y]
-    expect(got.sum(1), wanted, "sum over tokens", 1e-5)
-    assert (got[~mask] == 0).all()
+    policy = lab.new_gpt(3)
+    table = lab.listed(policy)
+    logps = rlhf.token_logps(policy, IDS)
+    ref_logps = rlhf.token_logps(model, IDS)
+    total = (logps * MASK).sum(1)
+    expect(total, table[X, Y], "log-probs of tokens (got) add up to the listed one", 1e-5)
+    true = WORLD.rewards[X, Y]
+    got = rlhf.token_rewards(true.float(), logps, ref_logps, MASK, 0.3)
+    wanted = true - 0.3 * (table - ref)[X, Y]
+    expect(got.sum(1), wanted, "section 3's reward is the sum of those of the tokens", 1e-5)
+    expect(got[~MASK], torch.zeros(3), "what fills the row after END earns nothing")
 
 
-def test_ppo_climbs_eq3_and_holds_a_target_kl(sft):
+def after_ppo(model, ref, **settings):
+    """lab.measure of the policy that PPO on the true rewards ends in."""
+    *_, last = rlhf.ppo(model, WORLD.rewards, 0, samples=20 * 512, **settings)
+    _, logps = last
+    return lab.measure(logps, ref)
+
+
+def test_ppo_climbs_eq3_and_holds_a_target_kl(model, ref):
     """On the true rewards J rises well above the start; a low target keeps KL near it."""
-    model, ref = sft
-    kept = [parameter.clone() for parameter in model.parameters()]
-    *_, (_, free) = rlhf.ppo(model, WORLD.rewards, 0, samples=20 * 512)
-    start, end = lab.measure(ref, ref), lab.measure(free, ref)
-    best = lab.measure(dpo.optimal_policy(ref, WORLD.rewards, 1.0)[0], ref)
-    gained = (end["objective"] - start["objective"]) / (best["objective"] - start["objective"])
+    before = [parameter.clone() for parameter in model.parameters()]
+    free = after_ppo(model, ref)
+    start = lab.measure(ref, ref)["objective"]
+    best = lab.measure(optimum_of_eq4(ref, 1.0), ref)["objective"]
+    gained = (free["objective"] - start) / (best - start)
     assert 0.3 < gained <= 1, f"PPO on r* gained {gained:.0%} of what pi* of Eq. 4 gains"
-    assert rlhf.next_beta(2.0, 0.3, 0.3) == 2.0, "KL on its target: beta stays"
+    held = after_ppo(model, ref, target_kl=0.2)
+    assert held["kl"] < 0.9 * free["kl"], "the adaptive beta must hold KL down"
+    for parameter, weight in zip(model.parameters(), before):
+        assert torch.equal(parameter, weight), "PPO has trained the reference itself"
+
+
+def test_next_beta_by_hand():
+    expect(rlhf.next_beta(2.0, 0.3, 0.3), 2.0, "KL on its target: beta stays")
     expect(rlhf.next_beta(2.0, 0.33, 0.3), 2.02, "10% above the target: beta 1% up")
     expect(rlhf.next_beta(2.0, 9.0, 0.3), 2.04, "far above: 2%, no more")
     expect(rlhf.next_beta(2.0, 0.0, 0.3), 1.96, "far below: 2% down, no more")
-    *_, (_, held) = rlhf.ppo(model, WORLD.rewards, 0, target_kl=0.2, samples=20 * 512)
-    assert lab.measure(held, ref)["kl"] < 0.9 * end["kl"], "the adaptive beta holds KL down"
-    assert all(torch.equal(a, b) for a, b in zip(kept, model.parameters())), "reference moved"
 
 
 # claims.py
 
 
-def test_leak_says_where_all_the_mass_is_and_draws_from_the_policy(monkeypatch, sft):
+def test_leak_says_where_all_the_mass_is_and_draws_from_the_policy(monkeypatch, model, ref):
     """Three kinds of responses share the mass; each round draws from the policy as it then is."""
-    monkeypatch.setattr(claims, "sft", lambda *_: sft[0])
-    seen_by, draw_pairs = [], WORLD.draw_pairs
+    drawn_from = []
+    draw_pairs = WORLD.draw_pairs
 
     def spy(logps, *rest):
-        seen_by.append(logps)
+        drawn_from.append(logps)
         return draw_pairs(logps, *rest)
 
+    monkeypatch.setattr(claims, "sft", lambda *_: model)
     monkeypatch.setattr(WORLD, "draw_pairs", spy)
-    settings = dict(slip=0.0, pairs=2048, lr=1e-2, sft_weight=0.0, rounds=2)
+    settings = {"slip": 0.0, "pairs": 2048, "lr": 1e-2, "sft_weight": 0.0, "rounds": 2}
     rows = list(claims.leak(WORLD, 0, 20_480, **settings))
-    first, end = rows[0], rows[-1]
-    assert (first["margin"], first["accuracy"], first["gap_closed"]) == (0, 0.5, 0), "the reference"
-    assert end["pairs_seen"] == 20_480 and end["accuracy"] > 0.6 and end["gap_closed"] != 0
     for row in rows:
         total = row["grammatical"] + row["other_paired"] + row["in_no_pair"]
-        assert total == pytest.approx(1, abs=1e-6), row
+        assert total == pytest.approx(1, abs=1e-6), f"the three kinds do not add up: {row}"
+    first = rows[0]
+    assert first["margin"] == 0, "it begins at the reference"
+    assert first["accuracy"] == 0.5
+    assert first["gap_closed"] == 0
     assert 0.05 < first["other_paired"] < 0.95, "responses that the first 1,024 pairs mention"
-    grammatical = sft[1].exp()[:, WORLD.grammatical].sum(-1).mean()
+    grammatical = ref.exp()[:, WORLD.grammatical].sum(-1).mean()
     expect(first["grammatical"], grammatical, "mass of the reference on [not] [very] opinion", 1e-6)
-    assert len(seen_by) == 2 and torch.allclose(seen_by[0], sft[1], atol=1e-4), "the reference"
-    assert dpo.kl_divergence(seen_by[1], seen_by[0]).min() > 0.01, "then from the trained policy"
+    last = rows[-1]
+    assert last["pairs_seen"] == 20_480
+    assert last["accuracy"] > 0.6
+    assert last["gap_closed"] != 0
+
+    of_reference, of_policy = drawn_from
+    expect(of_reference, ref, "the first round draws from the reference", 1e-4)
+    apart = dpo.kl_divergence(of_policy, of_reference)
+    assert apart.min() > 0.01, "the second round must draw from the trained policy"
 
 
 # frontier.py
 
 
-def test_best_of_n_is_the_law_of_the_best_of_n_draws():
-    """Every tuple of n draws listed: the best wins, equal best share."""
-    probs = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64)
-    rewards = torch.tensor([1.0, -2.0, 1.0, 0.0]).double()  # the first and third are equal
-    for n in (1, 2, 3, 5):
-        law = torch.zeros(4).double()
-        for draws in itertools.product(range(4), repeat=n):
-            chance = math.prod(probs[i].item() for i in draws)
-            best = [i for i in draws if rewards[i] == max(rewards[j] for j in draws)]
-            for i in best:
-                law[i] += chance / len(best)
-        got = frontier.best_of_n(probs.log(), rewards, n)
-        expect(got.exp(), law, f"Best-of-{n}: F^n - F(r-)^n", 1e-12)
-        kl = dpo.kl_divergence(got, probs.log()).item()
-        assert kl <= math.log(n) - (n - 1) / n + 1e-12, "its known bound"
+def by_listing_draws(probs, rewards, n):
+    """The law of the best of n draws: every tuple of them listed, equal best share."""
+    law = torch.zeros_like(probs)
+    for draws in itertools.product(range(len(probs)), repeat=n):
+        draws = list(draws)
+        highest = rewards[draws].max()
+        best = [i for i in draws if rewards[i] == highest]
+        for i in best:
+            law[i] += probs[draws].prod() / len(best)
+    return law
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_best_of_n_is_the_law_of_the_best_of_n_draws(n):
+    probs = doubles([0.1, 0.4, 0.2, 0.3])
+    rewards = doubles([1.0, -2.0, 1.0, 0.0])  # the first and third are equal
+    got = frontier.best_of_n(probs.log(), rewards, n)
+    law = by_listing_draws(probs, rewards, n)
+    expect(got.exp(), law, f"Best-of-{n}: F^n - F(r-)^n")
 
 
 def test_closed_forms_of_preferred_ft_and_unlikelihood():
     """The minimum of the population loss, found by descent, and its threshold."""
-    ref = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64).log()
-    rewards = torch.tensor([1.0, -0.5, 0.3, 0.0], dtype=torch.float64)
-    p = (rewards[:, None] - rewards).sigmoid() * ref.exp()[:, None] * ref.exp() * 2  # y beats y'
-    won, lost = p.sum(1), p.sum(0)
-    threshold = frontier.unlikelihood_optimum(ref, rewards, "hard")[1]
+    probs = doubles([0.1, 0.4, 0.3, 0.2])
+    rewards = doubles([1.0, -0.5, 0.3, 0.0])
+    ref = probs.log()
+    wins = (rewards[:, None] - rewards).sigmoid()  # (1)
+    drawn = 2 * probs[:, None] * probs  # y with y', in either order
+    won = (drawn * wins).sum(1)
+    lost = (drawn * wins).sum(0)
+    _, threshold = frontier.unlikelihood_optimum(ref, rewards, "hard")
     expect(threshold, (won / lost).min(), "alpha up to which unlikelihood has a minimum", 1e-12)
     for alpha in (0.0, threshold / 2):
-        found = descend(lambda pi: (alpha * lost * pi - won * pi).sum(), ref)
+
+        def population_loss(policy):
+            return (alpha * lost * policy - won * policy).sum()
+
         got, _ = frontier.unlikelihood_optimum(ref, rewards, "hard", alpha)
-        expect(got, found, f"alpha {alpha:.3f}", 1e-7)
+        found = descend(population_loss, start=ref)
+        expect(got, found, f"unlikelihood, alpha {alpha:.3f}: closed form (got), by descent", 1e-7)
 
 
-def test_preferred_ft_with_deterministic_labels_is_best_of_2(sft):
-    ref, rewards = sft[1][0], WORLD.rewards[0]
-    preferred, _ = frontier.unlikelihood_optimum(ref, rewards, "deterministic")
-    expect(preferred, frontier.best_of_n(ref, rewards, 2), "2 pi_ref s = best of 2", 1e-9)
+def test_preferred_ft_with_deterministic_labels_is_best_of_2(ref):
+    rewards = WORLD.rewards[0]
+    preferred, _ = frontier.unlikelihood_optimum(ref[0], rewards, "deterministic")
+    best_of_2 = frontier.best_of_n(ref[0], rewards, 2)
+    expect(preferred, best_of_2, "Preferred-FT, 2 pi_ref s (got), is Best-of-2", 1e-9)
 
 
-def test_nothing_lies_above_the_exact_curve_and_the_check_can_fail(sft):
-    _, ref = sft
+def test_nothing_lies_above_the_exact_curve_and_the_check_can_fail(ref):
     curve = frontier.frontier(ref)
-    noise = torch.randn(30, *ref.shape, generator=torch.Generator().manual_seed(0)).double()
-    optimum, _ = dpo.optimal_policy(ref, WORLD.rewards, 0.5)
-    for policy in [ref, *(optimum + 0.5 * noise).log_softmax(-1)]:
+
+    def height(policy, more=0.0):
         found = lab.measure(policy, ref)
-        assert frontier.height(found["kl"], found["expected_reward"], curve) <= 1e-9
-    on = lab.measure(dpo.optimal_policy(ref, WORLD.rewards, frontier.SWEEP[150])[0], ref)
-    assert abs(frontier.height(on["kl"], on["expected_reward"], curve)) < 1e-9, "on the curve"
-    above = frontier.height(on["kl"], on["expected_reward"] + 0.01, curve)
+        return frontier.height(found["kl"], found["expected_reward"] + more, curve)
+
+    noise = torch.randn(30, *ref.shape, generator=seeded(0))
+    policies = (optimum_of_eq4(ref, 0.5) + 0.5 * noise).log_softmax(-1)
+    for policy in (ref, *policies):
+        assert height(policy) <= 1e-9, "Eq. 14: no policy lies above the curve"
+    beta = frontier.SWEEP[150]
+    on_the_curve = optimum_of_eq4(ref, beta)
+    assert abs(height(on_the_curve)) < 1e-9, "pi* of Eq. 4 lies on the curve"
+    above = height(on_the_curve, more=0.01)
     assert above == pytest.approx(0.01, abs=1e-6), "a point 0.01 above must be seen as such"
 
 
@@ -381,35 +529,37 @@ def test_reached_tosses_coins_between_policies():
 # course.py
 
 
-def test_the_other_kl_has_this_optimum(sft):
+@pytest.mark.parametrize("x", [0, 1])
+def test_the_other_kl_has_this_optimum(x, ref):
     """E[r] - b KL(pi_ref || pi) is greatest where r + b pi_ref / pi is the same for every response,
     and it earns what it was asked for."""
-    _, ref = sft
-    best, _ = dpo.optimal_policy(ref, WORLD.rewards, 1.0)
-    for ref_logps, rewards, logps in zip(ref, WORLD.rewards, best):
-        wanted = (logps.exp() * rewards).sum()
-        other = course.other_direction(ref_logps, rewards, wanted)
-        expect((other.exp() * rewards).sum(), wanted, "the expected reward", 1e-6)
-        expect(other.exp().sum(), torch.tensor(1.0).double(), "probabilities sum to 1")
-        ratio = (ref_logps - other).exp()
-        low, high = rewards.argmin(), rewards.argmax()
-        b = (rewards[high] - rewards[low]) / (ratio[low] - ratio[high])
-        slopes = rewards + b * ratio  # d / d pi(y), equal to the multiplier of sum pi = 1
-        expect(slopes, slopes[:1].expand_as(slopes), "slopes of the objective", 1e-6)
+    rewards = WORLD.rewards[x]
+    optimum = optimum_of_eq4(ref, 1.0)[x]
+    wanted = (optimum.exp() * rewards).sum()
+    other = course.other_direction(ref[x], rewards, wanted)
+    expect((other.exp() * rewards).sum(), wanted, "the expected reward", 1e-6)
+    expect(other.exp().sum(), 1.0, "probabilities sum to 1")
+    ratio = (ref[x] - other).exp()
+    low = rewards.argmin()
+    high = rewards.argmax()
+    b = (rewards[high] - rewards[low]) / (ratio[low] - ratio[high])
+    slopes = rewards + b * ratio  # d / d pi(y), equal to the multiplier of sum pi = 1
+    expect(slopes, slopes[:1].expand_as(slopes), "slopes of the objective: one for all y", 1e-6)
 
 
-def test_chosen_at_the_optimum_by_listing_pairs(sft):
+def test_chosen_at_the_optimum_by_listing_pairs(ref):
     """The mean log-ratio of winners and losers, over all pairs of likely responses, one by one."""
-    _, ref = sft
     few = [0, 5, 6, 10, 50]
     some = torch.full_like(ref, -math.inf)
     some[:, few] = ref[:, few].log_softmax(-1)
-    best, _ = dpo.optimal_policy(some, WORLD.rewards, 0.5)
-    moved, p = best - some, some.exp()
-    chosen = rejected = 0.0
-    for x, y, z in itertools.product(range(2), few, few):
-        wins = torch.sigmoid(WORLD.rewards[x, y] - WORLD.rewards[x, z])
-        chosen += (p[x, y] * p[x, z] * (wins * moved[x, y] + (1 - wins) * moved[x, z])).item() / 2
-        rejected += (p[x, y] * p[x, z] * ((1 - wins) * moved[x, y] + wins * moved[x, z])).item() / 2
+    moved = optimum_of_eq4(some, 0.5) - some
+    p = some.exp()
+    chosen = 0.0
+    rejected = 0.0
+    for x, winner, loser in itertools.product(range(2), few, few):
+        drawn = p[x, winner] * p[x, loser]  # in two orders, after one of two prompts
+        weight = drawn * p_wins(x, winner, loser)
+        chosen += weight * moved[x, winner]
+        rejected += weight * moved[x, loser]
     got = course.chosen_at_the_optimum(some.clamp(min=-1e3), 0.5)
-    expect(torch.tensor(got), torch.tensor([chosen, rejected]), "means over pairs", 1e-6)
+    expect(got, [chosen, rejected], "mean log pi* / pi_ref of winners, of losers", 1e-6)

@@ -118,17 +118,18 @@ def test_a_wrong_solution_is_told_its_mistake(monkeypatch, test, right, wrong, s
 
 def test_a_right_solution_passes(root, tmp_path):
     """All that DPO_MODULE can grade, but for a few slow descents, in a process of its own."""
-    (tmp_path / "my_dpo.py").write_text(RIGHT)
+    (tmp_path / "my_dpo.py").write_text(RIGHT, encoding="utf-8")
     env = os.environ | {"DPO_MODULE": "my_dpo", "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    env["PYTHONIOENCODING"] = "utf-8"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_dpo.py"]
     command += ["tests/test_logps.py", "tests/test_losses.py"]
     command += ["-k", "not minimum and not ascent and not ends_beside and not ends_at"]
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout
 
 
 def test_a_file_with_nothing_of_its_own_is_not_graded(root, tmp_path, monkeypatch):
-    (tmp_path / "empty_dpo.py").write_text("from dpo import *")
+    (tmp_path / "empty_dpo.py").write_text("from dpo import *", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("DPO_MODULE", "empty_dpo.py")
     with pytest.raises(ImportError, match="empty_dpo.py defines nothing of its own"):
@@ -145,12 +146,12 @@ def commands(text):
 
 
 def test_readme_has_eight_exercises(root):
-    assert len(commands((root / "README.md").read_text())) == 8
+    assert len(commands((root / "README.md").read_text(encoding="utf-8"))) == 8
 
 
 def test_the_hand_out_holds_no_solution(root):
     """Signature, docstring and NotImplementedError; the rest is dpo.py, without the answers."""
-    source = (root / "dpo.py").read_text()
+    source = (root / "dpo.py").read_text(encoding="utf-8")
     stubs = handout.without_bodies(source)
     lines = [line for line in stubs.splitlines() if "raise NotImplementedError" not in line]
     for answer, instead in handout.ANSWERS.items():
@@ -161,11 +162,22 @@ def test_the_hand_out_holds_no_solution(root):
         assert gone in source and gone not in stubs, gone
 
 
+def test_the_hand_out_on_a_console_that_shows_ascii_alone(root, tmp_path):
+    """The folder's name cannot be printed, which is no reason for a traceback after the work."""
+    folder = tmp_path / os.fsdecode("Café".encode())
+    command = [sys.executable, root / "tests/handout.py", folder]
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert "has 16 functions to write" in done.stdout
+    assert (folder / "dpo.py").exists()
+
+
 DRIVER = """
 import json, os, sys
 import pytest
 for source, arguments in json.load(sys.stdin):
-    open("dpo.py", "w").write(source)
+    open("dpo.py", "w", encoding="utf-8").write(source)
     for name, module in list(sys.modules.items()):
         if (getattr(module, "__file__", None) or "").startswith(os.getcwd()):
             del sys.modules[name]  # to be imported anew
@@ -177,7 +189,9 @@ for source, arguments in json.load(sys.stdin):
 @pytest.mark.slow
 def test_the_exercises_in_their_order(root, tmp_path, monkeypatch):
     """In the hand-out nothing passes; the command of exercise n fails until 1 to n are written."""
-    source, every, folder = (root / "dpo.py").read_text(), handout.EXERCISES, tmp_path / "class"
+    source = (root / "dpo.py").read_text(encoding="utf-8")
+    every = handout.EXERCISES
+    folder = tmp_path / "class"
     handout.hand_out(folder)
     with pytest.raises(SystemExit, match="exists already"):
         handout.hand_out(folder)
@@ -185,11 +199,12 @@ def test_the_exercises_in_their_order(root, tmp_path, monkeypatch):
     for n in range(9):
         monkeypatch.setattr(handout, "EXERCISES", {m: every[m] for m in every if m > n})
         stages.append(handout.without_bodies(source) + mine * (n == 8))
-    typed = commands((root / "README.md").read_text())
+    typed = commands((root / "README.md").read_text(encoding="utf-8"))
     jobs = [(stages[0], ["test_dpo.py"])]
     jobs += [(stages[n + done], typed[n]) for n in range(8) for done in (0, 1)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    pipes = dict(capture_output=True, text=True, input=json.dumps(jobs))
+    env["PYTHONIOENCODING"] = "utf-8"
+    pipes = dict(capture_output=True, encoding="utf-8", input=json.dumps(jobs))
     run = subprocess.run([sys.executable, "-c", DRIVER], cwd=folder, env=env, **pipes)
     nothing, *found = run.stdout.split("END OF A COMMAND\n")[:-1]
     assert len(found) == 16, run.stderr

@@ -231,7 +231,7 @@ def write_polite_pairs(path, n):
             "rejected": some(length) + ", whatever.",
         }
         lines.append(json.dumps(pair))
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join(lines), encoding="utf-8")
 
 
 @torch.no_grad()
@@ -259,7 +259,7 @@ def test_a_run_in_bfloat16_measures_what_float32_does(tmp_path, monkeypatch):
     flags += " --sft-epochs 0 --lr 1e-6 --epochs 1 --batch-size 10 --held-out 0.5 --evaluations 1"
     train.main(flags.split())
     out = tmp_path / "out"
-    first = json.loads((out / "metrics.jsonl").read_text().splitlines()[1])
+    first = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[1])
     expect(first["loss"], math.log(2), "the first loss: policy == reference", 2e-4)
 
     held_out = sides[1]
@@ -268,7 +268,7 @@ def test_a_run_in_bfloat16_measures_what_float32_does(tmp_path, monkeypatch):
     reference = in_float32(out / "reference", held_out)
     chosen, rejected = 0.1 * (policy - reference)
     margins = chosen - rejected
-    summary = json.loads((out / "summary.json").read_text())
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     said = summary["rows"]["policy"]
     right = (margins > 0).float().mean()
     expect(said["held_out_accuracy"], right, "held-out accuracy, to one pair in 50", 0.021)
@@ -384,7 +384,8 @@ def test_gpt2_checkpoints_mean_what_they_say(tmp_path, prefix, layers, stream):
     stored["lm_head.weight"] = weights["wte.weight"]
     torch.save(stored, tmp_path / "pytorch_model.bin")
     shape = {"vocab_size": 7, "n_positions": 10, "n_embd": 16, "n_layer": layers, "n_head": 2}
-    (tmp_path / "config.json").write_text(json.dumps(shape | {"resid_pdrop": 0.1}))
+    text = json.dumps(shape | {"resid_pdrop": 0.1})
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
     model = GPT.from_pretrained(str(tmp_path))
     wanted = replace(TINY, n_layer=layers, eos_token_id=50256)
     assert model.config == wanted, "what is absent is GPT-2's"
@@ -512,7 +513,7 @@ def test_save_and_load(tmp_path):
     assert again.config == model.config
     assert same_weights(again, model)
     assert sorted(os.listdir(folder)) == ["config.json", "pytorch_model.bin"]
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["model_type"] == "gpt2"
     assert config["architectures"] == ["GPT2LMHeadModel"]
     assert config["eos_token_id"] == 3, "transformers stops at it"
@@ -570,7 +571,7 @@ STALE = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safeten
 def test_what_transformers_would_prefer_is_removed_once_ours_is_there(tmp_path, monkeypatch):
     """config.json comes last: where it is, the weights are complete."""
     for name in [*STALE, "tokenizer.json"]:
-        (tmp_path / name).write_text("{}")
+        (tmp_path / name).write_text("{}", encoding="utf-8")
     present = {}
     replace_file = os.replace
 
@@ -608,7 +609,8 @@ def test_another_config_is_refused(case, tmp_path):
     change, caused = NOT_GPT2[case]
     tiny().save_pretrained(tmp_path)
     path = tmp_path / CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    config = json.loads(path.read_text(encoding="utf-8")) | change
+    path.write_text(json.dumps(config), encoding="utf-8")
     said = refused(tmp_path, tmp_path, caused)
     if caused is False:
         assert str(path) in said
@@ -750,7 +752,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert found["weight"].tolist() == [1.0, 1.0]
     save_json({"loss": "ünlikely"}, path)
     assert json.loads(path.read_text(encoding="utf-8")) == {"loss": "ünlikely"}
-    assert path.read_text().endswith("}\n")
+    assert path.read_text(encoding="utf-8").endswith("}\n")
     save_text("naïve\n", path)
     assert path.read_text(encoding="utf-8") == "naïve\n"
 

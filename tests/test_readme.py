@@ -1,10 +1,10 @@
 """What the README files name exists: commands, flags, files, tests; their numbers are measured."""
 
 import ast
-import csv
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -17,86 +17,117 @@ import data
 import dpo
 import train
 from experiments import animate, frontier, lab, verdicts
+from tests.helpers import expect
 
 ROW = re.compile(r"^\| (.*) \| `(\w+)` \| `(test_\w+)` \|$", re.MULTILINE)
 FOLDERS = ".", "experiments", "tests"
+SEEDS = range(5)
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
 
 
 @pytest.fixture
 def readme(root):
-    return (root / "README.md").read_text()
+    return read(root / "README.md")
 
 
 @pytest.fixture
 def texts(root):
-    return {folder: (root / folder / "README.md").read_text() for folder in FOLDERS}
+    return {folder: read(root / folder / "README.md") for folder in FOLDERS}
 
 
 def numbers(text):
-    """The equations that a cell of the table names."""
+    """The equations that the first part of a row of the table names."""
+    text = text.split(",")[0]
     text = re.sub(r"section \d+", "", text)
     return {int(n) for n in re.findall(r"\b\d+\b", text)}
 
 
-def test_flags_and_names(root, texts, capsys):
+def functions_of(source):
+    """Name -> text of each function of a file."""
+    lines = source.splitlines()
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+    return found
+
+
+OTHER_FLAGS = {"--quick", "--generated", "--nproc_per_node", "--index-url"}
+OTHER_FLAGS |= {"--steps", "--shape", "--batch", "--grow", "--scale", "--only"}  # of the bench
+
+
+def test_flags_exist(texts, capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
-    flags = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) | {"--help"}
-    flags |= {"--quick", "--generated", "--nproc_per_node", "--index-url"}  # not of train.py
-    flags |= {"--steps", "--shape", "--batch", "--grow", "--scale", "--only"}  # of the bench
+    flags = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     for folder, text in texts.items():
-        assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text)) <= flags
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text))
+        unknown = named - flags - OTHER_FLAGS - {"--help"}
+        assert not unknown, f"{folder}/README.md names flags that train.py does not take: {unknown}"
+
+
+def test_files_exist(root, texts):
+    for folder, text in texts.items():
         named = re.findall(r"`((?:\w+/)*\w+\.(?:py|ipynb|txt|md))`", text)
-        named = [root / name for name in named if name != "my_dpo.py"]
-        named += [root / folder / name for name in re.findall(r"\]\((?!https:)([^)]+)\)", text)]
-        for path in named:
+        named += re.findall(r"\b(?:tests|experiments)/\w+\.py\b", text)  # in commands, too
+        paths = [root / name for name in named if name != "my_dpo.py"]
+        linked = re.findall(r"\]\((?!https:)([^)]+)\)", text)
+        paths += [root / folder / name for name in linked]
+        for path in paths:
             assert path.exists(), f"{folder}/README.md names {path}"
 
 
 def test_the_table_of_equations(root, readme):
     """Each row's function and test exist, and the test is named after the row's equations."""
-    tests, rows = (root / "test_dpo.py").read_text(), ROW.findall(readme)
-    named = set().union(*(numbers(what.split(",")[0]) for what, *_ in rows))
-    assert named == {1, 2, 3, 4, 5, 6, 7, 18, 19, 20}
+    tests = functions_of(read(root / "test_dpo.py"))
+    rows = ROW.findall(readme)
+    named = set()
     for what, function, test in rows:
-        assert callable(getattr(dpo, function)), function
-        assert f"def {test}(" in tests, test
-        body = tests.split(f"def {test}(")[1].split("\ndef ")[0]
-        in_name = set(map(int, re.findall(r"eq(\d+)", test)))
-        assert numbers(what.split(",")[0]) <= in_name, (what, test)
-        assert f"dpo.{function}" in body, f"{test} does not call {function}"
+        named |= numbers(what)
+        assert callable(getattr(dpo, function)), f"dpo.py has no function {function}"
+        assert test in tests, f"test_dpo.py has no {test}"
+        in_name = {int(n) for n in re.findall(r"eq(\d+)", test)}
+        assert numbers(what) <= in_name, f"{test} is not named after {what}"
+        assert f"dpo.{function}" in tests[test], f"{test} does not call {function}"
+    assert named == {1, 2, 3, 4, 5, 6, 7, 18, 19, 20}, "the equations that have a row"
 
 
 def test_every_number_cited_in_dpo_has_its_row_and_its_test(root, readme):
-    """A number in brackets at the end of a line belongs to the function that the table names."""
-    source, rows = (root / "dpo.py").read_text(), ROW.findall(readme)
-    tests, cited = (root / "test_dpo.py").read_text(), set()
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef):
-            text = "\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno])
-            for number in map(int, re.findall(r"# .*?\((\d+)\)", text)):
-                cited.add(number)
-                assert f"def test_eq{number}_" in tests, f"Eq. {number} has no test"
-                holders = [f for what, f, _ in rows if number in numbers(what)]
-                calls = [holder for holder in holders if f"{holder}(" in text]
-                assert node.name in holders or calls, f"({number}) stands in {node.name}"
-    assert cited >= {1, 2, 3, 4, 5, 6, 7, 18, 19}
+    """A number in brackets at the end of a line belongs to the function that the table names, or
+    to one that calls it."""
+    tests = read(root / "test_dpo.py")
+    rows = ROW.findall(readme)
+    cited = set()
+    for name, text in functions_of(read(root / "dpo.py")).items():
+        for number in re.findall(r"# .*?\((\d+)\)", text):
+            number = int(number)
+            cited.add(number)
+            assert f"def test_eq{number}_" in tests, f"Eq. {number} has no test"
+            functions = [function for what, function, _ in rows if number in numbers(what)]
+            calls = [function for function in functions if f"{function}(" in text]
+            assert calls, f"({number}) stands in {name}, README's table has it in {functions}"
+    assert cited >= {1, 2, 3, 4, 5, 6, 7, 18, 19}, "dpo.py must mark each equation on its line"
 
 
 def test_the_loss_that_readme_shows_is_the_loss(root, readme):
     block = re.search(r"## The loss, in dpo.py\n\n```python\n(.*?)```", readme, re.S)[1]
-    source = (root / "dpo.py").read_text()
+    source = read(root / "dpo.py")
     for line in block.splitlines():
         assert line in source, f"dpo.py has no line {line}"
 
 
 def test_the_training_commands_parse(root, texts, tmp_path, monkeypatch):
     """The command line takes every `python train.py ...` of the README files."""
-    commands = re.findall(r"\bpython train\.py( [^`\n|&,]*)?", "".join(texts.values()))
+    text = "".join(texts.values())
+    commands = re.findall(r"\bpython train\.py( [^`\n|&,]*)?", text)
     assert len(commands) >= 10
     monkeypatch.setitem(dpo.LOSSES, "my_loss", dpo.ipo_loss)  # exercise 8
-    (tmp_path / "my_dpo.py").write_text("from dpo import dpo_loss as my_loss")
-    (tmp_path / "experiments").symlink_to(root / "experiments")
+    source = "from dpo import dpo_loss as my_loss"
+    (tmp_path / "my_dpo.py").write_text(source, encoding="utf-8")
+    shutil.copytree(root / "experiments", tmp_path / "experiments")
     monkeypatch.chdir(tmp_path)
     for command in commands:
         if "--help" not in command and "--resume" not in command:  # that one asks for a run
@@ -105,201 +136,312 @@ def test_the_training_commands_parse(root, texts, tmp_path, monkeypatch):
 
 def test_the_experiments_exist(root, texts):
     """Each `python -m experiments.x` is a file with a main of its own that says how to start it."""
-    names = set(re.findall(r"python -m experiments\.(\w+)", "".join(texts.values())))
+    text = "".join(texts.values())
+    names = set(re.findall(r"python -m experiments\.(\w+)", text))
     assert names >= {"rlhf", "frontier", "claims", "verdicts", "animate", "bench", "sample"}
     for name in names:
-        source = (root / "experiments" / f"{name}.py").read_text()
-        assert 'if __name__ == "__main__":' in source, name
-        assert f"python -m experiments.{name}" in source, f"{name}.py says how to start it"
+        source = read(root / "experiments" / f"{name}.py")
+        assert 'if __name__ == "__main__":' in source, f"{name}.py cannot be started"
+        assert f"python -m experiments.{name}" in source, f"{name}.py does not say how to start it"
+
+
+# How the table writes a formula, and what Python makes of it
+AS_PYTHON = {
+    "log sigma": "logsigmoid",
+    "2e": "2 * e",
+    "2m": "2 * m",
+    ") log": ") * log",
+    "e log": "e * log",
+    "^": "**",
+    "1 if m < 1, else 0": "(m < 1).double()",
+}
+
+
+def value_of(formula, m):
+    """A cell of the table of losses at margins m, with beta = 0.5 and epsilon = e = 0.1."""
+    for text, code in AS_PYTHON.items():
+        formula = formula.replace(text, code)
+    names = {
+        "logsigmoid": torch.nn.functional.logsigmoid,
+        "sigma": torch.sigmoid,
+        "max": lambda least, x: x.clamp(min=least),
+        "beta": 0.5,
+        "e": 0.1,
+        "m": m,
+    }
+    return eval(formula, names)
 
 
 def test_the_table_of_losses(texts):
     """f(m) and -f'(m), as the table writes them, are what dpo.LOSSES computes."""
-    text = texts["experiments"]
-    rows = re.findall(r"^\| `(\w+)` \| ([^|`]+) \| ([^|`]+) \|", text, re.MULTILINE)
-    assert [name for name, *_ in rows] == list(dpo.LOSSES)
-    m, zero = torch.tensor([-3.0, -0.3, 0.2, 0.9, 2.5]).double(), torch.zeros(5).double()
-    python = {" log sigma": " * logsig", "log sigma": "logsig", "2e": "2 * e", "2m": "2 * m"}
-    python |= {"^": "**", "1 if m < 1, else 0": "(m < 1).double()"}
-    names = {"logsig": torch.nn.functional.logsigmoid, "sigma": torch.sigmoid, "m": m, "e": 0.1}
-    names |= {"max": lambda least, x: x.clamp(min=least), "beta": 0.5}
-    for name, *cells in rows:
-        for text, code in python.items():
-            cells = [cell.replace(text, code) for cell in cells]
-        f, pull = (eval(cell, names) for cell in cells)
+    pattern = r"^\| `(\w+)` \| ([^|`]+) \| ([^|`]+) \|"
+    rows = re.findall(pattern, texts["experiments"], re.MULTILINE)
+    assert [name for name, _, _ in rows] == list(dpo.LOSSES), "a row for each of dpo.LOSSES"
+    m = torch.tensor([-3.0, -0.3, 0.2, 0.9, 2.5], dtype=torch.float64)
+    zero = torch.zeros_like(m)
+    for name, f, pull in rows:
         rho = (m / 0.5).requires_grad_()
         result = dpo.LOSSES[name](rho, zero, zero, zero, beta=0.5)
         losses = getattr(result, "losses", result)
         (grad,) = torch.autograd.grad(losses.sum(), rho)
-        torch.testing.assert_close(losses.detach(), f, msg=f"{name}: f(m)")
-        torch.testing.assert_close(-grad / 0.5, pull, msg=f"{name}: -f'(m)")
+        expect(losses, value_of(f, m), f"{name}: f(m), as the table writes it (expected)", 1e-7)
+        why = f"{name}: -f'(m), as the table writes it (expected)"
+        expect(-grad / 0.5, value_of(pull, m), why, 1e-7)
 
 
 def test_the_example_file_loads(readme, tmp_path):
-    lines = [line for line in readme.splitlines() if line[:2] == '{"']
-    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    assert len(data.load_pairs(tmp_path / "pairs.jsonl")) == 3
+    lines = [line for line in readme.splitlines() if line.startswith('{"')]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert len(data.load_pairs(path)) == 3
 
 
 def test_ci_runs_the_commands_of_the_readme(root, readme):
-    ci = (root / ".ci" / "run").read_text()
+    ci = read(root / ".ci" / "run")
     for command in ("pip install -r requirements.txt", "python -m pytest"):
         assert f"\n{command}\n" in readme, f"README does not say {command} on a line of its own"
         assert f'"{command}"' in ci, f".ci/run does not run README's {command}"
     assert ci.endswith("python -m pytest -m slow\n")
 
 
+def without_numbers(line):
+    words = re.sub(r"[-+]?\d+\.?\d*", "#", line)
+    return " ".join(words.split())
+
+
+def decimals(line):
+    return [float(number) for number in re.findall(r"[-+]?\d+\.\d+", line)]
+
+
 @pytest.mark.slow
 def test_the_first_command_prints_what_readme_shows(root, readme, tmp_path):
     """`python train.py`: the same lines, with the numbers that another machine may get."""
-    block = next(b for b in re.findall(r"```\n(.*?)```", readme, re.S) if "The film was" in b)
+    blocks = re.findall(r"```\n(.*?)```", readme, re.S)
+    [block] = [block for block in blocks if "The film was" in block]
     command = [sys.executable, str(root / "train.py")]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    pipes = {"capture_output": True, "encoding": "utf-8"}
+    ran = subprocess.run(command, cwd=tmp_path, check=True, **pipes).stdout
     assert "DPO 1/1172  loss 0.6931  margin 0.0000  weight 0.5000" in ran, "the first loss is log 2"
 
-    def words(line):
-        return " ".join(re.sub(r"[-+]?\d+\.?\d*", "#", line).split())
-
-    printed = {words(line): line for line in reversed(ran.splitlines())}  # the first of equal ones
+    printed = {}
+    for line in ran.splitlines():
+        printed.setdefault(without_numbers(line), line)  # the first of equal ones
     for line in block.splitlines():
-        assert words(line) in printed, f"not printed: {line}"
-        got, wanted = (re.findall(r"[-+]?\d+\.\d+", x) for x in (printed[words(line)], line))
-        for a, b in zip(map(float, got), map(float, wanted)):
-            assert abs(a - b) < 0.05 * (1 + abs(b)), f"{printed[words(line)]}, not {line}"
+        assert without_numbers(line) in printed, f"not printed: {line}"
+        found = printed[without_numbers(line)]
+        for got, wanted in zip(decimals(found), decimals(line)):
+            assert abs(got - wanted) < 0.05 * (1 + abs(wanted)), f"{found}, not {line}"
 
 
 # What assets/ holds
 
 
-def read(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_the_committed_dots_lie_below_the_curve(root):
     """assets/frontier.csv against the tangents of assets/frontier_curve.csv, of slope beta; and
     Best-of-N within its bound on KL."""
-    rows, curve = (read(root / "assets" / f"frontier{end}.csv") for end in ("", "_curve"))
+    rows = lab.load_csv(root / "assets/frontier.csv")
+    curve = lab.load_csv(root / "assets/frontier_curve.csv")
     assert {row["method"] for row in rows} == set(frontier.STYLE)
-    for seed in "01234":
-        points = [list(map(float, list(row.values())[1:])) for row in curve if row["seed"] == seed]
-        for row in (row for row in rows if row["seed"] == seed):
-            kl, reward, n = float(row["kl"]), float(row["expected_reward"]), float(row["setting"])
-            for beta, kl_there, reward_there in points:
-                assert reward <= reward_there + beta * (kl - kl_there) + 1e-3, row  # 6 digits
-            if row["method"] == "Best-of-N":
-                assert kl <= math.log(n) - (n - 1) / n + 1e-6, row
+    assert {row["seed"] for row in rows} == set(SEEDS)
+    for row in rows:
+        for point in lab.where(curve, seed=row["seed"]):
+            tangent = point["expected_reward"] + point["beta"] * (row["kl"] - point["kl"])
+            highest = tangent + 1e-3  # the files have six digits
+            assert row["expected_reward"] <= highest, f"above pi* of Eq. 4: {row}"
+        if row["method"] == "Best-of-N":
+            n = row["setting"]
+            assert row["kl"] <= math.log(n) - (n - 1) / n + 1e-6, f"KL above its bound: {row}"
 
 
 def test_the_claims_are_as_measured(root, texts):
     """assets/claims.md follows from the CSV files beside it; experiments/README.md has it line for
     line, and README the claims with their verdicts."""
-    table = (root / "assets" / "claims.md").read_text().splitlines()
-    assert len(table) == 2 + len(verdicts.CLAIMS) == 10
-    for claim, line in zip(verdicts.CLAIMS, table[2:]):
-        assert line in texts["experiments"], f"the row of {claim.__name__} is out of date"
+    _, _, *table = read(root / "assets/claims.md").splitlines()
+    assert len(table) == len(verdicts.CLAIMS) == 8
+    for claim, line in zip(verdicts.CLAIMS, table):
+        name = claim.__name__
         _, row = verdicts.verdict(claim, root / "assets")
-        assert row == line, f"assets/claims.md is out of date: {claim.__name__}"
-        title, *_, holds = line.strip("| ").split(" | ")
-        assert f"| {title} | {holds} |" in texts["."], f"README on {claim.__name__}"
+        assert row == line, f"assets/claims.md is out of date: {name}"
+        assert line in texts["experiments"], f"the row of {name} in experiments/README.md"
+        title, _, _, holds = line.strip("| ").split(" | ")
+        assert f"| {title} | {holds} |" in texts["."], f"the row of {name} in README.md"
 
 
 def test_the_tables_in_assets_are_as_measured(root):
     """The Markdown that README links to follows from the CSV files beside it."""
     assets = root / "assets"
     shares = lab.load_csv(assets / "frontier_shares.csv")
-    text = frontier.markdown(shares, 5)
-    assert (assets / "frontier.md").read_text() == text
-    assert text.count("\n| ") == 2 * (1 + len(frontier.STYLE))
-    files = "rlhf.csv", "rlhf_reward_model.csv"
-    parts = [lab.load_csv(assets / name) for name in files]
-    tables = [
-        lab.table(rows, by, list(rows[0])[2:]) for rows, by in zip(parts, ("system", "rewards"))
-    ]
-    assert (assets / "rlhf.md").read_text() == "\n".join(tables)
+    table = frontier.markdown(shares, 5)
+    assert read(assets / "frontier.md") == table, "assets/frontier.md is out of date"
+    assert table.count("\n| ") == 2 * (1 + len(frontier.STYLE)), "a row is missing"
+    tables = []
+    for name, by in (("rlhf.csv", "system"), ("rlhf_reward_model.csv", "rewards")):
+        rows = lab.load_csv(assets / name)
+        columns = list(rows[0])[2:]
+        tables.append(lab.table(rows, by, columns))
+    assert read(assets / "rlhf.md") == "\n".join(tables), "assets/rlhf.md is out of date"
 
 
-def test_what_the_course_says_holds_for_every_seed():
-    """Claims in words of steps 3 and 7 to 10, against assets/course_*.csv."""
-    seeds = range(5)
+# Claims in words of the course, against assets/course_*.csv, for every seed
 
-    def by(name, **wanted):
-        return [lab.where(lab.saved(f"course_{name}"), seed=seed, **wanted) for seed in seeds]
 
-    for rows in by("over_optimised"):
-        promised, true = ([row[key] for row in rows] for key in ("promised", "expected_reward"))
-        assert promised == sorted(promised), "a smaller beta: more of the learned reward"
-        assert max(true) - true[-1] > 0.1 and true.index(max(true)) > 20, "E[r*] turns over"
-        assert rows[-1]["in_no_pair"] > 0.6, "much of the mass ends in no pair"
-    table, network = (by("displaced", policy=kind) for kind in ("table", "network"))
-    assert all(row["moved"] > -0.1 for rows in table for row in rows)
-    fallen = [sum(row["moved"] < 0 for row in rows) for rows in network]
-    assert min(fallen) >= 1 and max(fallen) <= 3, "one to three of the four"
-    ends = {"DPO": [], "weight left at 1/2": [], "reference copied every quarter": []}
-    for run, found in ends.items():
-        found += [max(rows, key=lambda row: row["step"])["kl"] for rows in by("held", run=run)]
-    held, loose, moving = ends.values()
-    assert max(held) < 1 and min(moving) > 2 * max(held) and min(loose) > 2 * max(held)
-    starts = "untrained", "SFT on the chosen", "SFT on both"
-    for (none,), (chosen,), (both,) in zip(*(by("sft_first", start=name) for name in starts)):
-        assert max(abs(row["accuracy"] - 0.8) for row in (none, chosen, both)) < 0.03
-        assert none["grammatical"] < 0.1 < 0.6 < min(chosen["grammatical"], both["grammatical"])
-    for n in (1_000, 3_000):
-        for part in by("samplers", pairs=n):
-            closed = {row["sampler"]: row["gap_closed"] for row in part}
-            assert max(closed, key=closed.get) == "the policy itself"
+def course(name, seed, **wanted):
+    """The rows of one seed, and of these settings."""
+    return lab.where(lab.saved(f"course_{name}"), seed=seed, **wanted)
+
+
+def column(rows, key):
+    return [row[key] for row in rows]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_step_3_a_learned_reward_is_over_optimised(seed):
+    rows = course("over_optimised", seed)  # from a large beta to a small one
+    promised = column(rows, "promised")
+    true = column(rows, "expected_reward")
+    assert promised == sorted(promised), "a smaller beta: more of the learned reward"
+    assert max(true) - true[-1] > 0.1, "E[r*] turns over"
+    assert true.index(max(true)) > 20, "it rises before"
+    assert rows[-1]["in_no_pair"] > 0.6, "much of the mass ends in no pair"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_step_7_chosen_responses_fall_in_the_network_alone(seed):
+    table = column(course("displaced", seed, policy="table"), "moved")
+    assert min(table) > -0.1, "in a table of free logits no chosen response falls"
+    network = column(course("displaced", seed, policy="network"), "moved")
+    fallen = [moved for moved in network if moved < 0]
+    assert 1 <= len(fallen) <= 3, "one to three of the four"
+
+
+def test_step_8_the_weight_and_the_reference_hold_the_policy():
+    """KL to the reference at the end. Every seed of DPO lies well below every other one."""
+
+    def ends(run):
+        return [max(course("held", s, run=run), key=step_of)["kl"] for s in SEEDS]
+
+    def step_of(row):
+        return row["step"]
+
+    held = max(ends("DPO"))
+    assert held < 1
+    assert min(ends("weight left at 1/2")) > 2 * held, "nothing stops the push"
+    assert min(ends("reference copied every quarter")) > 2 * held, "the reference moves along"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_step_8_without_sft_the_labels_are_learnt_and_the_language_is_not(seed):
+    [untrained] = course("sft_first", seed, start="untrained")
+    [chosen] = course("sft_first", seed, start="SFT on the chosen")
+    [both] = course("sft_first", seed, start="SFT on both")
+    for row in (untrained, chosen, both):
+        assert abs(row["accuracy"] - 0.8) < 0.03, row["start"]
+    assert untrained["grammatical"] < 0.1
+    assert chosen["grammatical"] > 0.6
+    assert both["grammatical"] > 0.6
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("pairs", [1_000, 3_000])
+def test_step_9_with_few_pairs_the_policys_own_are_best(pairs, seed):
+    rows = course("samplers", seed, pairs=pairs)
+    closed = {row["sampler"]: row["gap_closed"] for row in rows}
+    assert max(closed, key=closed.get) == "the policy itself"
+
+
+def test_step_9_the_order_of_samplers_with_many_pairs():
     rows = lab.where(lab.saved("course_samplers"), pairs=30_000)
-    means = {row["sampler"]: 0.0 for row in rows}
+    total = dict.fromkeys(column(rows, "sampler"), 0.0)
     for row in rows:
-        means[row["sampler"]] += row["gap_closed"] / 5
-    assert sorted(means, key=means.get) == ["colder", "uniform", "reference", "the policy itself"]
-    for rows in by("by_heart"):
-        start, *_, end = rows
-        assert end["own accuracy"] > 0.88 > 0.72 > end["held out accuracy"]
-        assert end["objective"] < start["objective"] - 2 and end["in no pair"] > 0.35
-        assert end["grammatical"] < 0.1 < start["grammatical"]
-    lengths = {name: by("other_losses", loss=name) for name in ("pi*", "dpo", "dpo of means")}
-    for (best,), (sums,), (means,) in zip(*lengths.values()):
-        assert abs(sums["tokens"] - best["tokens"]) < 0.03 < means["tokens"] - best["tokens"]
-        assert means["kl"] > 1.5 * sums["kl"], "a weaker penalty"
+        total[row["sampler"]] += row["gap_closed"]
+    assert sorted(total, key=total.get) == ["colder", "uniform", "reference", "the policy itself"]
 
 
-DOCTORED = {  # what would have to be measured for the other verdict
-    "no_reward_model_needed": lambda r: {"pair_accuracy": 0.6 if "DPO" in r["rewards"] else 0.9},
-    "the_weight_matters": lambda r: {"grammatical": 0.5},
-    "little_tuning": lambda r: {"gained": 1.0 if r["method"] == "DPO" else r["lr"]},
-    "as_good_or_better": lambda r: {"best": 1.0 if r["method"] == "DPO" else 0.5},
-    "close_to_the_reference": lambda r: {"kl": r["beta"]},
-    "over_fitting": lambda r: {"held_out_accuracy": r["train_accuracy"]},
-    "coverage": lambda r: {"in_no_pair": 0.01},
-    "both_log_probs_fall": lambda r: {"chosen": 1.0},
-}
+@pytest.mark.parametrize("seed", SEEDS)
+def test_step_10_few_pairs_are_learnt_by_heart(seed):
+    start, *_, end = course("by_heart", seed)
+    assert end["own accuracy"] > 0.88
+    assert end["held out accuracy"] < 0.72
+    assert end["objective"] < start["objective"] - 2
+    assert end["in no pair"] > 0.35
+    assert start["grammatical"] > 0.1
+    assert end["grammatical"] < 0.1
 
 
-def test_the_verdicts_can_be_the_other_ones(root):
+@pytest.mark.parametrize("seed", SEEDS)
+def test_step_10_means_in_place_of_sums_favour_long_responses(seed):
+    [best] = course("other_losses", seed, loss="pi*")
+    [sums] = course("other_losses", seed, loss="dpo")
+    [means] = course("other_losses", seed, loss="dpo of means")
+    assert abs(sums["tokens"] - best["tokens"]) < 0.03, "DPO's responses are as long as pi*'s"
+    assert means["tokens"] > best["tokens"] + 0.03, "those of means are longer"
+    assert means["kl"] > 1.5 * sums["kl"], "a weaker penalty"
+
+
+def doctored(name, row):
+    """What would have to be measured for the other verdict: a row, changed."""
+    is_dpo = row.get("method") == "DPO"
+    if name == "no_reward_model_needed":
+        accuracy = 0.6 if "DPO" in row["rewards"] else 0.9
+        return row | {"pair_accuracy": accuracy}
+    if name == "the_weight_matters":
+        return row | {"grammatical": 0.5}
+    if name == "little_tuning":
+        return row | {"gained": 1.0 if is_dpo else row["lr"]}
+    if name == "as_good_or_better":
+        return row | {"best": 1.0 if is_dpo else 0.5}
+    if name == "close_to_the_reference":
+        return row | {"kl": row["beta"]}
+    if name == "over_fitting":
+        return row | {"held_out_accuracy": row["train_accuracy"]}
+    if name == "coverage":
+        return row | {"in_no_pair": 0.01}
+    if name == "both_log_probs_fall":
+        return row | {"chosen": 1.0}
+    raise ValueError(f"{name}: a claim whose verdict is not tested")
+
+
+@pytest.mark.parametrize("claim", verdicts.CLAIMS, ids=lambda claim: claim.__name__)
+def test_the_verdicts_can_be_the_other_ones(claim, root):
     """With other numbers each rule says no; and yes, where it says no or might have."""
-    for claim in verdicts.CLAIMS:
-        name = "frontier_shares" if claim.__name__ == "as_good_or_better" else None
-        rows = lab.load_csv(root / "assets" / f"{name or 'claims_' + claim.__name__}.csv")
-        changed = [row | DOCTORED[claim.__name__](row) for row in rows]
-        wanted = claim.__name__ in ("little_tuning", "as_good_or_better")
-        assert bool(claim(changed)[3]) == wanted, claim.__name__
+    name = claim.__name__
+    file = f"claims_{name}.csv"
+    if name == "as_good_or_better":
+        file = "frontier_shares.csv"
+    rows = lab.load_csv(root / "assets" / file)
+    changed = [doctored(name, row) for row in rows]
+    _, _, _, holds = claim(changed)
+    wanted = name in ("little_tuning", "as_good_or_better")
+    assert holds == wanted, f"{name}: the rule does not look at what was measured"
 
 
-def test_the_animation_ends_near_the_optimum(root, tmp_path):
-    """Bars and trail move from the reference (no gap closed) to pi*; the committed one likewise."""
+def change_over(path):
+    """(frames, fraction of the pixels that change from the first frame to the last) of a GIF."""
+    with Image.open(path) as gif:
+        first = np.asarray(gif.convert("RGB")).astype(int)
+        gif.seek(gif.n_frames - 1)
+        last = np.asarray(gif.convert("RGB")).astype(int)
+        changed = abs(first - last).max(-1) > 60
+        return gif.n_frames, changed.mean()
+
+
+def test_the_committed_animation_moves(root):
+    frames, changed = change_over(root / "assets/dpo.gif")
+    assert frames >= 40
+    assert 0.02 < changed < 0.5, "bars and title move, the axes do not"
+
+
+def test_an_animation_of_three_frames(tmp_path):
+    """Bars and trail move from the reference (no gap closed) to pi*."""
     _, ref = lab.reference(0)
-    best, _ = dpo.optimal_policy(ref, lab.WORLD.rewards, lab.BETA)
-    shown = animate.responses_to_show(ref, best)
+    optimum, _ = dpo.optimal_policy(ref, lab.WORLD.rewards, lab.BETA)
+    shown = animate.responses_to_show(ref, optimum)
     assert (lab.WORLD.rewards[0, shown].diff() >= 0).all(), "sorted by r*"
-    assert {ref[0].argmax().item(), best[0].argmax().item()} <= set(shown.tolist())
-    halfway = (ref.exp() / 2 + best.exp() / 2).log()
-    animate.animate([(0, ref), (1, halfway), (2, best)], ref, tmp_path / "dpo.gif")
-    for path, frames in ((tmp_path / "dpo.gif", 3), (root / "assets" / "dpo.gif", 40)):
-        with Image.open(path) as gif:
-            assert gif.n_frames >= frames
-            gif.seek(0)
-            first = np.asarray(gif.convert("RGB")).astype(int)
-            gif.seek(gif.n_frames - 1)
-            last = np.asarray(gif.convert("RGB")).astype(int)
-        assert 0.02 < (abs(first - last).max(-1) > 60).mean() < 0.5, "bars and title have moved"
+    for name, logps in (("the reference", ref), ("pi*", optimum)):
+        assert logps[0].argmax() in shown, f"the likeliest response of {name} is not shown"
+    halfway = (ref.exp() / 2 + optimum.exp() / 2).log()
+    walk = [(0, ref), (1, halfway), (2, optimum)]
+    animate.animate(walk, ref, tmp_path / "dpo.gif")
+    frames, changed = change_over(tmp_path / "dpo.gif")
+    assert frames >= 3
+    assert 0.02 < changed < 0.5, "bars and title move, the axes do not"

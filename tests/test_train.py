@@ -51,7 +51,7 @@ def toy(tmp_path_factory):
     flags = "--pairs 3840 --batch-size 128 --epochs 1.6 --sft-epochs 0.25 --beta 1.5"
     flags += " --evaluations 2"
     command = [sys.executable, ROOT / "train.py", *flags.split(), "--out", out]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     world = data.ToyWorld()
@@ -270,7 +270,7 @@ def encode(text):
 def rows_of(path):
     """The pairs of a file as tokens, by hand: bytes, and the end token 256 after each response."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         pair = json.loads(line)
         chosen = encode(pair["chosen"]) + [256]
         rejected = encode(pair["rejected"]) + [256]

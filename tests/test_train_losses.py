@@ -72,7 +72,7 @@ import json
 
 def record(path, **given):
     lists = {name: value.tolist() for name, value in given.items()}
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(lists) + "\\n")
 
 def all_of_it(w, l, ref_w, ref_l, rejected_lengths, beta=7.0, chosen_lengths=None, other=8):
@@ -122,7 +122,7 @@ def infinite_slope_in_the_third_step(w, l, ref_w, ref_l):
 def mine(tmp_path, monkeypatch):
     """Flags for a run in the folder of the test, with losses of one's own in mine.py."""
     monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(MINE)
+    Path("mine.py").write_text(MINE, encoding="utf-8")
     write_lines(Path("pairs.jsonl"), [data.Pair(*texts)._asdict() for texts in PAIRS])
     return ["--data", "pairs.jsonl", *SETTINGS]
 
@@ -142,7 +142,7 @@ def test_a_loss_is_given_the_log_probs_and_the_lengths_of_its_pairs(mine):
         lengths = (len(row.chosen), len(row.rejected))
         wanted.add((round(w, 3), round(l, 3), *lengths))
 
-    calls = [json.loads(line) for line in Path("given").read_text().splitlines()]
+    calls = [json.loads(line) for line in Path("given").read_text(encoding="utf-8").splitlines()]
     assert [len(call["w"]) for call in calls] == [2, 2, 1, 2, 2, 1], "two steps, two pairs a part"
     largest = []
     for step in (calls[:3], calls[3:]):
@@ -218,7 +218,7 @@ def test_a_misspelt_name_lists_what_there_is(mine):
 
 
 def test_an_error_in_the_file_itself_is_there_before_anything_is_written(mine):
-    Path("mine.py").write_text("x = 1 / 0\n")
+    Path("mine.py").write_text("x = 1 / 0\n", encoding="utf-8")
     with pytest.raises(ZeroDivisionError):
         run(*mine, "--loss", "mine.py:mean")
     assert not Path("out").exists()

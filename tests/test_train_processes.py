@@ -27,7 +27,7 @@ def torchrun(processes, *flags):
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", ROOT / "train.py"]
     command += [str(flag) for flag in flags]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -117,7 +117,12 @@ def test_only_the_first_process_writes_and_prints(tmp_path):
         env = os.environ | {name: str(value) for name, value in env.items()}
         command = [sys.executable, ROOT / "train.py", "--data", pairs, *SMALL, "--save-every", "2"]
         process = subprocess.Popen(
-            command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command,
+            cwd=folder,
+            env=env,
+            encoding="utf-8",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         processes.append(process)
     printed = [process.communicate() for process in processes]

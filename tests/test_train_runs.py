@@ -36,7 +36,7 @@ def assert_same_run(out, whole):
     """Not a bit differs in weights, metrics and table."""
     for name in ("reference", "policy"):
         assert same_weights(out / name, whole / name), f"{name} is not that of a whole run"
-    assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert json_of(out / "summary.json")["rows"] == json_of(whole / "summary.json")["rows"]
 
 
@@ -44,8 +44,8 @@ def assert_same_run(out, whole):
 def pairs(tmp_path_factory):
     """A file of 30 pairs that nothing is to be warned of."""
     path = write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl")
-    lines = path.read_text().splitlines()[:30]
-    path.write_text("\n".join(lines) + "\n")
+    lines = path.read_text(encoding="utf-8").splitlines()[:30]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
@@ -137,11 +137,12 @@ def whole_long(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this platform has no kill -9")
 @pytest.mark.parametrize("phase, number", [("SFT", 5), ("DPO", 4), ("DPO", 13)])
 def test_a_killed_run_is_resumed_to_the_same_weights(phase, number, whole_long, tmp_path):
     """kill -9, as soon as so many lines of this phase are printed."""
     command = [sys.executable, ROOT / "train.py", *LONG, "--out", tmp_path / "out"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
     lines = 0
     while lines < number:
         lines += process.stdout.readline().startswith(phase)
@@ -349,7 +350,7 @@ def test_files_of_others_stay_as_they_are(name, kind, pairs, tmp_path):
     """Of every name that a run writes, in a folder that train.py has not made."""
     file = tmp_path / "out" / name
     file.parent.mkdir(parents=True)
-    file.write_text('{"model_type": "gpt2"}')
+    file.write_text('{"model_type": "gpt2"}', encoding="utf-8")
     flags = TOY if kind == "toy" else ["--data", pairs, *SMALL]
     assert_refused(name.split("/")[0], *flags, "--out", tmp_path / "out")
     assert_refused(name.split("/")[0], "--resume", *flags, "--out", tmp_path / "out")
@@ -358,23 +359,23 @@ def test_files_of_others_stay_as_they_are(name, kind, pairs, tmp_path):
 def test_the_config_of_another_program_is_not_ours(whole, tmp_path):
     out = shutil.copytree(whole, tmp_path / "out")
     config = json_of(out / "config.json")
-    (out / "config.json").write_text(json.dumps(config | {"made_by": "somebody"}))
+    (out / "config.json").write_text(json.dumps(config | {"made_by": "somebody"}), encoding="utf-8")
     assert_refused("config.json", "--out", out)
 
 
 def test_out_may_not_be_a_file(tmp_path):
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
     assert_refused("file", *TOY, "--out", tmp_path / "file")
     assert_refused("file", *TOY, "--out", tmp_path / "file/out")
 
 
 def test_a_log_is_no_reason(whole, pairs, tmp_path):
     """`python train.py | tee out/log` makes the folder before the run does."""
-    (tmp_path / "log").write_text("a line\n")
+    (tmp_path / "log").write_text("a line\n", encoding="utf-8")
     (tmp_path / ".gitkeep").touch()
     run("--data", pairs, *SMALL, "--out", tmp_path)
     assert_same_run(tmp_path, whole)
-    assert (tmp_path / "log").read_text() == "a line\n"
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "a line\n"
 
 
 @pytest.mark.parametrize("named", ["in full", "from here", "by a link"])
@@ -385,7 +386,8 @@ def test_a_run_does_not_overwrite_what_it_starts_from(
     """Though it would be a toy run, which may be overwritten. However the folder is named."""
     out = shutil.copytree(whole_toy, tmp_path / "out")
     config = json_of(out / "policy/config.json")  # of a model, and of a run
-    (out / "config.json").write_text(json.dumps(config | json_of(out / "config.json")))
+    config |= json_of(out / "config.json")
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
     shutil.copy(out / "policy/pytorch_model.bin", out)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(out)

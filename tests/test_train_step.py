@@ -203,7 +203,7 @@ def test_so_do_several_processes(processes, micro, away, policy, ref_logps):
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", ROOT / "train.py"]
     command += ["--resume", "--micro-batch-size", str(micro), "--out", away]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     check_first_step(away, policy, ref_logps, micro, processes)
 
