@@ -124,12 +124,12 @@ def test_measure_and_the_listed_responses(sft):
 
 
 def test_agreement_by_hand(monkeypatch):
-    assert lab.mean_ranks(torch.tensor([5.0, 1.0, 5.0])).tolist() == [2.5, 1.0, 2.5]
+    assert rlhf.mean_ranks(torch.tensor([5.0, 1.0, 5.0])).tolist() == [2.5, 1.0, 2.5]
     ref = torch.full(WORLD.rewards.shape, -math.log(1111), dtype=torch.float64)
-    found = lab.agreement(WORLD.rewards * 1.0, ref)
+    found = rlhf.agreement(WORLD.rewards * 1.0, ref)
     wanted = {"rank_correlation": 1.0, "pair_accuracy": 1.0, "probability_error": 0.0}
     assert found == pytest.approx(wanted, abs=1e-12), "r* agrees with itself"
-    found = lab.agreement(-WORLD.rewards, ref)
+    found = rlhf.agreement(-WORLD.rewards, ref)
     assert found["rank_correlation"] == pytest.approx(-1) and found["pair_accuracy"] == 0
 
     # three responses that the reference draws, with true rewards 2, -2, 0 of the film ("" is 0), in
@@ -141,8 +141,8 @@ def test_agreement_by_hand(monkeypatch):
     ref[:, at] = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
     rewards = torch.zeros_like(WORLD.rewards)
     rewards[:, at] = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
-    monkeypatch.setattr(lab.WORLD, "rewards", WORLD.rewards[:1])
-    found = lab.agreement(rewards[:1], ref[:1])
+    monkeypatch.setattr(rlhf.WORLD, "rewards", WORLD.rewards[:1])
+    found = rlhf.agreement(rewards[:1], ref[:1])
     expect(found["pair_accuracy"], 0.06 / 0.31, "pairs weighed as pi_ref draws them")
 
     def sigma(m):
@@ -152,23 +152,49 @@ def test_agreement_by_hand(monkeypatch):
     apart += 0.06 * (sigma(2) - sigma(1))
     expect(found["probability_error"], apart / 0.31, "|sigma(r - r') - p|, weighed alike")
     rewards[:, at[1]] = 0.0
-    tied = lab.agreement(rewards[:1], ref[:1])["pair_accuracy"]
+    tied = rlhf.agreement(rewards[:1], ref[:1])["pair_accuracy"]
     expect(tied, (0.06 + 0.15 / 2) / 0.31, "a tie counts half")
 
 
-def test_flipped_labels_and_pairs_of_one_prompt(monkeypatch, sft):
+def test_labels_that_are_always_right_and_flipped_ones(monkeypatch, sft):
     monkeypatch.setattr(lab, "reference", lambda seed: sft)
-    clean = lab.draw(0, 4000, "deterministic")
-    won, lost = (WORLD.rewards[clean.prompt, side] for side in clean[1:3])
-    assert (won >= lost).all(), "without flips the higher true reward wins every pair"
-    noisy = lab.draw(0, 4000, "deterministic", flip=0.2)
+    clean = lab.draw_pairs(0, 4000, "deterministic")
+    assert (lab.true_margins(clean) >= 0).all(), "the higher true reward wins every pair"
+    noisy = lab.draw_pairs(0, 4000, "deterministic", flip=0.2)
     exchanged = (noisy.chosen == clean.rejected) & (noisy.rejected == clean.chosen)
     differ = clean.chosen != clean.rejected
     assert exchanged[differ].float().mean().item() == pytest.approx(0.2, abs=0.03)
-    kept = lab.draw(0, 4000, "deterministic", among=0)
-    other = lab.draw(0, 4000, "deterministic", stream=2000)
+    other = lab.draw_pairs(0, 4000, "deterministic", stream=2000)
     assert not torch.equal(other.chosen, clean.chosen), "another stream draws other pairs"
-    assert (kept.prompt == 0).all() and len(kept.prompt) == (clean.prompt == 0).sum()
+
+
+def test_the_responses_of_pairs():
+    """Prompt 0: 5 beats 7. Prompt 1: 7 beats 9, and 9 beats 9."""
+    drawn = data.Drawn(*torch.tensor([[0, 1, 1], [5, 7, 9], [7, 9, 9]]))
+    values = torch.arange(2 * 1111).view(2, 1111)
+    assert lab.of_pairs(values, drawn).tolist() == [[5, 1118, 1120], [7, 1120, 1120]]
+    mentioned = lab.mentioned(drawn)
+    assert mentioned.nonzero().tolist() == [[0, 5], [0, 7], [1, 7], [1, 9]]
+
+
+def test_rows_survive_a_file(tmp_path):
+    """Numbers come back as numbers, also where rows have different columns."""
+    rows = [{"seed": 0, "run": "DPO", "kl": 0.5}, {"seed": 1, "run": "Eq. 4", "beta": 2.0}]
+    lab.save_csv(tmp_path / "rows.csv", rows)
+    assert lab.load_csv(tmp_path / "rows.csv") == rows
+    assert lab.where(rows, beta=2) == rows[1:] and lab.where(rows, kl=1) == []
+    assert lab.values(rows, "kl") == [0.5]
+
+
+def test_means_and_spreads_over_seeds():
+    """Each seed counts once, however many rows it has."""
+    rows = [{"seed": 0, "x": 1.0}, {"seed": 0, "x": 3.0}, {"seed": 1, "x": 4.0}]
+    assert lab.per_seed(rows, "x") == [2.0, 4.0]
+    assert lab.mean(rows, "x") == 3.0
+    assert lab.spread(rows, "x") == "3.00 ± 1.41", "the standard deviation of a sample of two"
+    assert lab.spread(rows[:2], "x", digits=1) == "2.0"
+    wanted = ["| seed | X    |", "| ---- | ---- |", "| 0    | 2.00 |", "| 1    | 4.00 |"]
+    assert lab.table(rows, "seed", {"x": "X"}).splitlines() == wanted
 
 
 # rlhf.py: the reward model
@@ -194,7 +220,7 @@ def test_reward_model_starts_at_log_2_and_learns_eq2(sft):
     drawn = WORLD.draw_pairs(ref, 10_000, torch.Generator().manual_seed(0))
     rewards = rlhf.train_reward_model(model, drawn, epochs=1)
     expect((ref.exp() * rewards).sum(-1), [0.0, 0.0], "E_ref[r_phi], section 3")
-    found = lab.agreement(rewards, ref)
+    found = rlhf.agreement(rewards, ref)
     assert found["pair_accuracy"] > 0.65, f"Eq. 2 has learnt to rank the wrong way round? {found}"
 
 

@@ -43,6 +43,7 @@ def test_flags_and_names(root, texts, capsys):
         train.parse_args(["--help"])
     flags = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) | {"--help"}
     flags |= {"--quick", "--generated", "--nproc_per_node", "--index-url"}  # not of train.py
+    flags |= {"--list", "--all"}  # of the questions
     flags |= {"--steps", "--shape", "--batch", "--grow", "--scale", "--only"}  # of the bench
     for folder, text in texts.items():
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", text)) <= flags
@@ -108,7 +109,10 @@ def test_the_experiments_exist(root, texts):
     names = set(re.findall(r"python -m experiments\.(\w+)", "".join(texts.values())))
     assert names >= {"rlhf", "frontier", "claims", "verdicts", "animate", "bench", "sample"}
     for name in names:
-        source = (root / "experiments" / f"{name}.py").read_text()
+        path = root / "experiments" / f"{name}.py"
+        if not path.exists():
+            path = root / "experiments" / name / "__main__.py"
+        source = path.read_text()
         assert 'if __name__ == "__main__":' in source, name
         assert f"python -m experiments.{name}" in source, f"{name}.py says how to start it"
 

@@ -109,12 +109,12 @@ def answers():
     lines = ["| file | question | answer |", "|---|---|---|"]
     for name in names():
         question = load(name)
-        if not (lab.ASSETS / f"{name}.csv").exists():
-            continue  # not measured yet
         file = f"[{name}](questions/{name}.py)"
-        figure = f"[figure](../assets/{name}.png)"
-        answer = question.verdict(lab.saved(name))
-        lines.append(f"| {file} | {asked(question)} ({figure}) | {answer} |")
+        answer = "not measured yet"
+        if (lab.ASSETS / f"{name}.csv").exists():
+            answer = question.verdict(lab.saved(name))
+            answer += f" [Figure](../assets/{name}.png)"
+        lines.append(f"| {file} | {asked(question)} | {answer} |")
     return "\n".join(lines)
 
 
@@ -172,7 +172,9 @@ def main():
         question = load(name)
         rows = lab.load_csv(folder / f"{name}.csv")
         question.draw(rows).savefig(folder / f"{name}.png")
-        print(f"\n{asked(question)}\n{question.verdict(rows)}\nSee {folder}/{name}.png")
+        print(f"\n{asked(question)}")
+        print(question.verdict(rows))
+        print(f"See {folder.name}/{name}.csv and {name}.png")
     if not args.quick:
         README.write_text(with_answers(README.read_text()))
 

@@ -57,14 +57,16 @@ def movement(logps, ref, pairs):
     gained = logps.exp() - ref.exp()
     mentioned = lab.mentioned(pairs)
     won = lab.mentioned(pairs._replace(rejected=pairs.chosen))
-    return lab.means({
+    never_won = mentioned & ~won
+    columns = {
         "chosen": chosen,
         "rejected": rejected,
         "fallen": (chosen < 0).double(),
         "gained by chosen": (gained * won).sum(-1),
-        "gained by rejected": (gained * (mentioned & ~won)).sum(-1),
+        "gained by rejected": (gained * never_won).sum(-1),
         "gained by in no pair": (gained * ~mentioned).sum(-1),
-    })
+    }
+    return lab.means(columns)
 
 
 def verdict(rows):

@@ -63,7 +63,7 @@ def train(seed, pairs, steps, every):
     policy, ref = lab.start_from(seed)
     reference = ref.clone()
     losses_of = lab.preferences(dpo.dpo_loss, pairs, reference)
-    for step, logps in lab.descend(policy, losses_of, PAIRS, steps, 1e-2, seed):
+    for step, logps in lab.descend(policy, losses_of, len(pairs.prompt), steps, 1e-2, seed):
         if every and step % every == 0:
             reference.copy_(logps)  # from here on the penalty pulls to this policy
         four_logps = [*lab.of_pairs(logps, pairs), *lab.of_pairs(reference, pairs)]
