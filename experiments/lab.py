@@ -212,9 +212,7 @@ def soft_preferences(loss, drawn, ref, beta=BETA, **settings):
     return losses_of
 
 
-def train_dpo(
-    seed, drawn, steps=STEPS, lr=1e-2, loss=dpo.dpo_loss, kind="network", **settings
-):
+def train_dpo(seed, drawn, steps=STEPS, lr=1e-2, loss=dpo.dpo_loss, kind="network", **settings):
     """DPO, or another loss, from the reference: yields (step, logps) like `descend`.
 
     settings: those of the loss, such as beta.

@@ -53,22 +53,21 @@ def line(ax, rows, x, y, color, **style):
     ax.fill_between(positions, middle - sd, middle + sd, color=color, alpha=0.15, linewidth=0)
 
 
-def bars(ax, groups, looks, numbers):
-    """Groups of bars. groups: names on the x axis; looks: {name of a bar: its colour}; numbers:
-    function (group, bar) -> the numbers of the seeds, or none for no bar."""
+def bars(ax, heights, looks):
+    """Groups of bars. heights: {group on the x axis: {bar: its numbers, one per seed}}; looks:
+    {bar: its colour}. A bar that a group lacks is left out."""
     width = 0.8 / len(looks)
     for i, (name, color) in enumerate(looks.items()):
         offset = width * (i - (len(looks) - 1) / 2)
-        for j, group in enumerate(groups):
-            found = numbers(group, name)
-            if not found:
+        for j, numbers in enumerate(heights.values()):
+            if name not in numbers:
                 continue
-            middle, sd = lab.mean_sd(found)
+            middle, sd = lab.mean_sd(numbers[name])
             style = {"color": color, "edgecolor": "black", "linewidth": 0.6, "capsize": 3}
             ax.bar(j + offset, middle, 0.9 * width, yerr=sd, **style)
     for name, color in looks.items():
         ax.plot([], [], "s", color=color, label=name)  # for the legend
-    ax.set_xticks(range(len(groups)), groups)
+    ax.set_xticks(range(len(heights)), list(heights))
     ax.axhline(0, color="black", linewidth=0.8)
 
 

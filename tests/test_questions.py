@@ -1,4 +1,4 @@
-"""The questions of experiments/questions: their form, their answers in README, what they measure."""
+"""The questions in experiments/: their form, the answers in README, what they measure."""
 
 import math
 import sys
@@ -77,9 +77,9 @@ def test_a_quick_run_writes_its_files_and_leaves_readme_alone(tmp_path, monkeypa
     rows = lab.where(lab.saved("stuck"), seed=0)
     asked = []
 
-    def run(jobs, workers):
+    def run(jobs, workers, folder):
         asked.extend(jobs)
-        return [rows]
+        lab.save_csv(folder / "stuck.csv", rows)
 
     def savefig(figure, path):
         path.touch()
@@ -103,6 +103,19 @@ def test_a_question_in_parts_has_a_job_for_each(monkeypatch):
     arguments = [job.arguments for job in jobs]
     assert arguments == [(0, False, "DPO"), (0, False, "PPO"), (1, False, "DPO"), (1, False, "PPO")]
     assert [job.seconds for job in jobs] == [2, 9, 2, 9]
+
+
+def test_a_table_is_saved_when_all_its_seeds_are_done(tmp_path):
+    """In the order of the seeds, whichever ends first."""
+    first = runner.Job("stuck", 10, (0, False))
+    second = runner.Job("stuck", 10, (1, False))
+    jobs = [first, runner.Job("displacement", 10, (0, False)), second]
+    done = {second: [{"seed": 1}]}
+    runner.save_if_complete("stuck", jobs, done, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    done[first] = [{"seed": 0}]
+    runner.save_if_complete("stuck", jobs, done, tmp_path)
+    assert lab.load_csv(tmp_path / "stuck.csv") == [{"seed": 0}, {"seed": 1}]
 
 
 def test_the_time_left(capsys):

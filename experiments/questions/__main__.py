@@ -74,10 +74,11 @@ def jobs_of(name, seeds, quick):
     return jobs
 
 
-def run(jobs, workers):
-    """The rows of each job, in the order of the jobs. One thread per job, the longest first."""
+def run(jobs, workers, folder):
+    """Run the jobs in several processes of one thread each, the longest first. The table of a
+    question is saved as soon as all its jobs are done."""
     start = time.time()
-    rows = {}
+    done = {}  # job: its rows
     spawn = get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
         futures = {}
@@ -86,9 +87,20 @@ def run(jobs, workers):
             futures[pool.submit(measure, *job.arguments)] = job
         for future in as_completed(futures):
             job = futures[future]
-            rows[job] = future.result()
-            report(job, jobs, rows, time.time() - start)
-    return [rows[job] for job in jobs]
+            done[job] = future.result()
+            report(job, jobs, done, time.time() - start)
+            save_if_complete(job.name, jobs, done, folder)
+
+
+def save_if_complete(name, jobs, done, folder):
+    rows = []
+    for job in jobs:
+        if job.name != name:
+            continue
+        if job not in done:
+            return
+        rows += done[job]
+    lab.save_csv(folder / f"{name}.csv", rows)
 
 
 def report(job, jobs, done, spent):
@@ -122,7 +134,7 @@ def with_answers(text):
     """The text of README with the table of answers as it should be."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{answers()}\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{answers()}\n\n{END}{after}"
 
 
 # The command
@@ -161,13 +173,7 @@ def main():
         jobs = []
         for name in chosen:
             jobs += jobs_of(name, seeds, args.quick)
-        results = run(jobs, args.workers)
-        for name in chosen:
-            rows = []
-            for job, found in zip(jobs, results):
-                if job.name == name:
-                    rows += found
-            lab.save_csv(folder / f"{name}.csv", rows)
+        run(jobs, args.workers, folder)
     for name in chosen:
         question = load(name)
         rows = lab.load_csv(folder / f"{name}.csv")

@@ -16,7 +16,7 @@ import dpo
 from experiments import lab, plots
 from experiments.lab import PAIRS, WORLD
 
-SECONDS = 12
+SECONDS = 9
 STEPS = 200
 CASES = {"4 pairs, beta 0.1": (4, 0.1), "2,000 pairs, beta 1": (2_000, 1.0)}
 POLICIES = ["table", "network", "Eq. 4"]
@@ -94,15 +94,8 @@ def draw(rows):
     figure, axes = plots.panels(title, 5, rows=2)
     for i, case in enumerate(CASES):
         mine = lab.where(rows, case=case)
-
-        def moved(policy, kind):
-            return lab.per_seed(lab.where(mine, policy=policy), kind)
-
-        def gained(policy, kind):
-            return lab.per_seed(lab.where(mine, policy=policy), f"gained by {kind}")
-
-        plots.bars(axes[i], POLICIES, MOVED, moved)
-        plots.bars(axes[3 + i], POLICIES, GAINED, gained)
+        plots.bars(axes[i], heights(mine, MOVED, "{}"), MOVED)
+        plots.bars(axes[3 + i], heights(mine, GAINED, "gained by {}"), GAINED)
         axes[i].set(title=case, ylabel="mean log pi / pi_ref, nats")
         axes[3 + i].set(title=case, ylabel="probability gained or lost")
         axes[3 + i].set(xlabel="rejected: responses that never won")
@@ -114,3 +107,12 @@ def draw(rows):
     axes[2].set(ylabel="mean log pi / pi_ref, nats")
     plots.legend(figure, axes[3])
     return figure
+
+
+def heights(rows, kinds, column):
+    """For plots.bars: {policy: {kind: numbers of the seeds}}."""
+    found = {}
+    for policy in POLICIES:
+        mine = lab.where(rows, policy=policy)
+        found[policy] = {kind: lab.per_seed(mine, column.format(kind)) for kind in kinds}
+    return found

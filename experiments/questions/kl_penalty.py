@@ -16,7 +16,7 @@ import dpo
 from experiments import lab, plots
 from experiments.lab import BETA, PAIRS, STEPS, WORLD
 
-SECONDS = 60
+SECONDS = 55
 BETAS = [0.25, 0.5, 1.0, 2.0, 4.0]
 REFERENCES = {  # how many times the policy is copied into the reference
     "frozen": 0,

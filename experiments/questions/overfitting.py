@@ -14,7 +14,7 @@ import dpo
 from experiments import lab, plots
 from experiments.lab import BETA, STEPS
 
-SECONDS = 50
+SECONDS = 55
 SIZES = [300, 1_000, 3_000, 10_000, 100_000]  # pairs
 SHOWN = {300: plots.RED, 3_000: plots.ORANGE, 100_000: plots.BLUE}
 HELD_OUT = 20_000  # pairs
@@ -40,9 +40,7 @@ def measure(seed, quick):
             row = {"seed": seed, "pairs": size, "step": step}
             row |= lab.measure(logps, ref)
             row["own_loss"], row["own_accuracy"] = loss_and_accuracy(logps, ref, pairs)
-            row["held_out_loss"], row["held_out_accuracy"] = loss_and_accuracy(
-                logps, ref, held_out
-            )
+            row["held_out_loss"], row["held_out_accuracy"] = loss_and_accuracy(logps, ref, held_out)
             row["in_no_pair"] = (logps.exp() * ~mentioned).sum(-1).mean().item()
             rows.append(row)
     return rows
@@ -72,12 +70,12 @@ def stopped_early(rows, size):
 
 
 def verdict(rows):
-    """Yes, if the fewest pairs are memorised and end below the reference, the most are not."""
+    """Yes, if the smallest set is memorised and ends below the reference, but not the largest."""
     few = at_the_end(rows, min(lab.values(rows, "pairs")))
     many = at_the_end(rows, max(lab.values(rows, "pairs")))
-    memorised = excess_accuracy(few) > 0.1 > 0.02 > excess_accuracy(many)
+    few_are_memorised = excess_accuracy(few) > 0.1 and lab.mean(few, "gap_closed") < 0
     answer = "No."
-    if memorised and lab.mean(few, "gap_closed") < 0:
+    if few_are_memorised and excess_accuracy(many) < 0.02:
         answer = "Yes."
     answer += f" After {few[0]['step']} steps:"
     for size in SHOWN:
@@ -117,19 +115,14 @@ def draw(rows):
     kl.set(ylabel="KL(pi || pi_ref), nats", xlabel="step")
     mass.set(ylabel="probability of responses in no pair", xlabel="step")
 
+    heights = {}
+    for size in sizes:
+        heights[f"{size:,}"] = {
+            "at the end": lab.per_seed(at_the_end(rows, size), "gap_closed"),
+            "at the lowest held-out loss": lab.per_seed(stopped_early(rows, size), "gap_closed"),
+        }
     looks = {"at the end": plots.GREY, "at the lowest held-out loss": plots.GREEN}
-
-    labels = {f"{size:,}": size for size in sizes}
-
-    def gap_closed(label, when):
-        size = labels[label]
-        if when == "at the end":
-            chosen = at_the_end(rows, size)
-        else:
-            chosen = stopped_early(rows, size)
-        return lab.per_seed(chosen, "gap_closed")
-
-    plots.bars(saved, list(labels), looks, gap_closed)
+    plots.bars(saved, heights, looks)
     saved.set(ylabel="gap closed (1: the optimum of Eq. 4)", xlabel="pairs")
     plots.legend(figure, loss, saved)
     return figure
