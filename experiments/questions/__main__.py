@@ -22,7 +22,9 @@ measure(seed, quick, part), and its parts run side by side.
 import argparse
 import importlib
 import os
+import sys
 import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -76,9 +78,11 @@ def jobs_of(name, seeds, quick):
 
 def run(jobs, workers, folder):
     """Run the jobs in several processes of one thread each, the longest first. The table of a
-    question is saved as soon as all its jobs are done."""
+    question is saved as soon as all its jobs are done. Returns the questions that raised an error,
+    which does not stop the others."""
     start = time.time()
     done = {}  # job: its rows
+    failed = set()
     spawn = get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
         futures = {}
@@ -87,9 +91,15 @@ def run(jobs, workers, folder):
             futures[pool.submit(measure, *job.arguments)] = job
         for future in as_completed(futures):
             job = futures[future]
+            error = future.exception()
+            if error:
+                traceback.print_exception(error)
+                failed.add(job.name)
+                continue
             done[job] = future.result()
             report(job, jobs, done, time.time() - start)
             save_if_complete(job.name, jobs, done, folder)
+    return sorted(failed)
 
 
 def save_if_complete(name, jobs, done, folder):
@@ -169,12 +179,18 @@ def main():
         folder = Path("out-quick")
         seeds = 1
     folder.mkdir(exist_ok=True)
+    failed = []
     if not args.redraw:
         jobs = []
         for name in chosen:
             jobs += jobs_of(name, seeds, args.quick)
-        run(jobs, args.workers, folder)
+        failed = run(jobs, args.workers, folder)
     for name in chosen:
+        if name in failed:
+            continue
+        if not (folder / f"{name}.csv").exists():
+            print(f"\n{name} is not measured yet")
+            continue
         question = load(name)
         rows = lab.load_csv(folder / f"{name}.csv")
         question.draw(rows).savefig(folder / f"{name}.png")
@@ -182,7 +198,10 @@ def main():
         print(question.verdict(rows))
         print(f"See {folder.name}/{name}.csv and {name}.png")
     if not args.quick:
-        README.write_text(with_answers(README.read_text()))
+        text = README.read_text(encoding="utf-8")
+        README.write_text(with_answers(text), encoding="utf-8")
+    if failed:
+        sys.exit(f"not measured, see the errors above: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
