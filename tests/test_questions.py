@@ -271,8 +271,8 @@ def test_who_writes_the_pairs():
     policy = torch.tensor([[0.1, 0.1, 0.8]]).log()
     expected = {
         "the reference": [0.5, 0.3, 0.2],
-        "a colder one": [25 / 38, 9 / 38, 4 / 38],
-        "a uniform one": [1 / 3, 1 / 3, 1 / 3],
+        "a colder sampler": [25 / 38, 9 / 38, 4 / 38],
+        "a uniform sampler": [1 / 3, 1 / 3, 1 / 3],
         "the policy itself": [0.1, 0.1, 0.8],
     }
     assert list(expected) == list(coverage.SAMPLERS)

