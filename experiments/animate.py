@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 import dpo
 from experiments import frontier, lab
 from experiments.lab import BETA, WORLD
-from experiments.verdicts import BLUE, GREY, RED
+from experiments.plots import BLUE, GREY, RED
 
 FILM = 0  # the prompt
 
@@ -94,7 +94,8 @@ def main(path=Path("assets/dpo.gif"), frames=48):
     pipelines(path.with_name("pipeline.png"))
     _, ref = lab.reference(0)
     looks = {round(lab.STEPS * (i / (frames - 1)) ** 2.5) for i in range(frames)}
-    walk = [(step, logps) for step, logps in lab.train_dpo(0) if step in looks]
+    pairs = lab.draw_pairs(0, lab.PAIRS)
+    walk = [(step, logps) for step, logps in lab.train_dpo(0, pairs) if step in looks]
     animate(walk, ref, path)
 
 

@@ -30,7 +30,7 @@ def no_reward_model_needed(seed, quick):
         explicit = rlhf.train_reward_model(sft, drawn, epochs, seed)
         for name, rewards in (("implicit (DPO)", implicit), ("explicit (Eq. 2)", explicit)):
             row = {"seed": seed, "rewards": name, "pairs": pairs}
-            rows.append(row | lab.agreement(rewards, ref))
+            rows.append(row | rlhf.agreement(rewards, ref))
     return rows
 
 

@@ -1,23 +1,17 @@
-"""What the experiments share: the toy world, training, exact numbers, many runs at once.
+"""What the questions share: the toy world, policies, pairs, training, exact numbers, tables.
 
-The world is so small that a step of `descend` computes the log-prob of every response, (P, Y), and
-reads those of its pairs from that table. Values and gradients are train.py's (a test says so), and
-a batch of any size costs the same. `train_step` is train.py's step itself, on rows of tokens.
-P = 2 prompts, Y = 1,111 responses, B pairs or responses in a batch.
+The world is so small that a training step can compute the log-prob of every response, (P, Y), and
+read those of its pairs from that table. Losses and gradients are those of train.py (a test says
+so), and a batch of any size costs the same. `train_step` is train.py's own step, on rows of tokens.
+P = 2 prompts, Y = 1,111 responses, n pairs, B of them in a batch.
 """
 
-import argparse
 import copy
 import csv
 import functools
 import inspect
 import itertools
 import math
-import os
-import sys
-import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -27,42 +21,59 @@ import dpo
 import train
 
 WORLD = data.ToyWorld()
-BETA = 1.0  # train.py's in the toy world
-PAIRS, STEPS, BATCH = 100_000, 800, 1024  # of a DPO run: some eight passes over the pairs
-LENGTHS = torch.tensor([len(ids) for ids in WORLD.response_ids])  # in tokens
+BETA = 1.0  # train.py's default in the toy world
+PAIRS = 100_000  # of a usual run
+STEPS = 800  # of a usual run: eight passes over its pairs
+BATCH = 1024
+LENGTHS = torch.tensor([len(ids) for ids in WORLD.response_ids])  # (Y,) in tokens
+ASSETS = Path(__file__).parents[1] / "assets"
+
+
+# Policies
 
 
 class Table(torch.nn.Module):
-    """A policy that shares no weights: a free logit for every response, initially logps (P, Y)."""
+    """A policy that shares no weights: a free logit for every response, from logps (P, Y)."""
 
     def __init__(self, logps):
         super().__init__()
         self.logits = torch.nn.Parameter(logps.clone())
 
 
+def new_gpt(seed):
+    """train.py's network for the toy world, untrained."""
+    args = train.parse_args(["--seed", str(seed)])
+    return train.build_model(args, WORLD.tokenizer)
+
+
 def listed(model):
-    """log pi(y|x) of every response, (P, Y) float64, with its gradient: data.ToyWorld.logps, made
-    fast. Only the W^(K-1) longest prefixes are fed: being causal, they hold the shorter ones.
+    """log pi(y|x) of every response: (P, Y) float64, with its gradient.
+
+    The same values as data.ToyWorld.logps, but faster: only the W^(K-1) sequences of K - 1 words
+    are fed to the model. As it is causal, their logits also give every shorter response.
     """
     if isinstance(model, Table):
         return model.logits.log_softmax(-1)
-    K, W, P = WORLD.K, WORLD.W, len(WORLD.prompts)
-    prefixes = torch.tensor(list(itertools.product(range(W), repeat=K - 1)))
-    prompts = WORLD.prompt_ids.repeat_interleave(len(prefixes), 0)
-    ids = torch.cat([prompts, prefixes.repeat(P, 1)], 1)  # (P * W^(K-1), T)
-    logits = model(ids)[:, -K:]  # from the last prompt token on
-    logps = logits.double().log_softmax(-1).unflatten(0, (P, -1))  # (P, W^(K-1), K, W + 1)
-    so_far, found = torch.zeros(P, 1, dtype=torch.float64), []
-    for k in range(K):  # so_far (P, W^k): log-probs of the first k words
-        longer = so_far[..., None] + logps[:, :: W ** (K - 1 - k), k]  # (P, W^k, W + 1)
-        found.append(longer[..., W])  # the end token: a response of k words
+    K = WORLD.K
+    W = WORLD.W
+    P = len(WORLD.prompts)
+    words = torch.tensor(list(itertools.product(range(W), repeat=K - 1)))  # (W^(K-1), K - 1)
+    prompts = WORLD.prompt_ids.repeat_interleave(len(words), dim=0)
+    ids = torch.cat([prompts, words.repeat(P, 1)], dim=1)  # (P * W^(K-1), T)
+    logits = model(ids)[:, -K:]  # from the last token of the prompt on
+    logps = logits.double().log_softmax(-1)
+    logps = logps.unflatten(0, (P, -1))  # (P, W^(K-1), K, W + 1)
+
+    so_far = torch.zeros(P, 1, dtype=torch.float64)  # of the first k words: (P, W^k)
+    complete = []
+    for k in range(K):
+        alike = W ** (K - 1 - k)  # neighbouring rows that begin with the same k words
+        next_token = logps[:, ::alike, k]  # (P, W^k, W + 1)
+        longer = so_far[..., None] + next_token
+        complete.append(longer[..., W])  # the end token: a response of k words
         so_far = longer[..., :W].flatten(1)
-    return torch.cat([*found, so_far], 1)  # K words: complete without an end token
-
-
-def new_gpt(seed):
-    """train.py's network for the toy world, untrained."""
-    return train.build_model(train.parse_args(["--seed", str(seed)]), WORLD.tokenizer)
+    complete.append(so_far)  # K words need no end token
+    return torch.cat(complete, dim=1)
 
 
 @functools.cache
@@ -74,37 +85,44 @@ def reference(seed):
     responses = {tuple(ids): y for y, ids in enumerate(WORLD.response_ids)}
     x = torch.tensor([prompts[tuple(row.prompt)] for row in corpus])
     y = torch.tensor([responses[tuple(row.chosen)] for row in corpus])
-    sft = descend(model, lambda logps, i: -logps[x[i], y[i]], len(corpus), 400, 1e-2, seed)
-    *_, (_, logps) = sft
-    return model, logps
+
+    def sft_losses(logps, batch):
+        return -logps[x[batch], y[batch]]
+
+    return model, last(descend(model, sft_losses, len(corpus), 400, 1e-2, seed))
 
 
 def start_from(seed, kind="network"):
-    """A policy at the reference of this seed, to be trained: (model, log pi_ref)."""
+    """A policy at the reference of this seed, to be trained, and log pi_ref (P, Y).
+
+    kind: "network", or "table" for a policy that shares no weights.
+    """
     model, ref = reference(seed)
-    return (Table(ref) if kind == "table" else copy.deepcopy(model)), ref
+    if kind == "table":
+        return Table(ref), ref
+    return copy.deepcopy(model), ref
 
 
-def draw(seed, n, labels="hard", flip=0.0, among=None, stream=1000):
-    """n preferences between responses of the reference, a fraction `flip` of them then reversed.
-    labels: "hard", drawn by Bradley-Terry on r*, or "deterministic": the higher r* wins.
-    `among` keeps only the pairs of that prompt. Another `stream` draws other pairs, to hold out."""
+# Pairs
+
+
+def draw_pairs(seed, n, labels="hard", flip=0.0, stream=1000):
+    """n preferences between responses of the reference, as data.Drawn.
+
+    labels: "hard", drawn by Bradley-Terry on r* (Eq. 1), or "deterministic": the higher r* wins.
+    A fraction `flip` is then reversed. Another `stream` draws other pairs, such as held-out ones.
+    """
     generator = torch.Generator().manual_seed(stream + seed)
     drawn = WORLD.draw_pairs(reference(seed)[1], n, generator)
     if labels == "deterministic":
         drawn = exchange(drawn, true_margins(drawn) < 0)
-    else:
-        assert labels == "hard", labels
-    if among is not None:
-        drawn = data.Drawn(*(column[drawn.prompt == among] for column in drawn))
-    wrong = torch.rand(len(drawn.prompt), generator=generator) < flip
+    wrong = torch.rand(n, generator=generator) < flip
     return exchange(drawn, wrong)
 
 
 def true_margins(drawn):
-    """r*(chosen) - r*(rejected) of each pair, (n,) float64."""
-    chosen = WORLD.rewards[drawn.prompt, drawn.chosen]
-    rejected = WORLD.rewards[drawn.prompt, drawn.rejected]
+    """r*(chosen) - r*(rejected) of each pair: (n,) float64."""
+    chosen, rejected = of_pairs(WORLD.rewards, drawn)
     return chosen - rejected
 
 
@@ -115,36 +133,65 @@ def exchange(drawn, wrong):
     return drawn._replace(chosen=chosen, rejected=rejected)
 
 
-def descend(model, losses_of, n, steps, lr, seed, batch=BATCH):
-    """Minimise the mean of losses_of(logps (P, Y), places (B,)) -> (B,) over n places, as train.py
-    does: AdamW, a short warm-up, a linear decay, clipped gradients.
+def of_pairs(values, drawn):
+    """Log-probs or rewards (P, Y) -> those of the pairs' responses, (2, n), chosen first."""
+    both = torch.stack([drawn.chosen, drawn.rejected])
+    return values[drawn.prompt, both]
+
+
+def mentioned(drawn):
+    """(P, Y) bool: True for the responses that some pair mentions."""
+    found = torch.zeros(WORLD.rewards.shape, dtype=torch.bool)
+    found[drawn.prompt, drawn.chosen] = True
+    found[drawn.prompt, drawn.rejected] = True
+    return found
+
+
+# Training through the table of all responses
+
+
+def descend(model, losses_of, n, steps, lr, seed, batch_size=BATCH):
+    """Minimise the mean of losses_of(logps (P, Y), batch (B,)) -> (B,), batch being indices < n.
+
+    As in train.py: AdamW, a warm-up, a linear decay, clipped gradients.
     Yields (step, logps) before each step and after the last.
     """
     optimizer = adamw(model, lr)
     generator = torch.Generator().manual_seed(seed)
-    left = torch.empty(0, dtype=torch.long)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / (steps // 20 + 1), (steps - step) / steps * 1.05)
-        if len(left) < min(batch, n):
-            left = torch.randperm(n, generator=generator)
-        places, left = left[:batch], left[batch:]
+    batch_size = min(batch_size, n)
+    waiting = torch.empty(0, dtype=torch.long)
+    for step in range(1, steps + 1):
+        set_learning_rate(optimizer, lr, step, steps, warmup=steps // 20 + 1)
+        if len(waiting) < batch_size:
+            waiting = torch.randperm(n, generator=generator)
+        batch = waiting[:batch_size]
+        waiting = waiting[batch_size:]
         logps = listed(model)
-        yield step, logps.detach()
+        yield step - 1, logps.detach()
         optimizer.zero_grad()
-        losses_of(logps, places).mean().backward()
+        losses_of(logps, batch).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     yield steps, listed(model).detach()
 
 
-def preferences(loss, drawn, ref, beta=BETA, **settings):
-    """losses_of for `descend`: a loss of the four log-probs on these pairs."""
-    loss = functools.partial(loss, **settings)
+def last(run):
+    """The log-probs (P, Y) at the end of a run."""
+    for _, logps in run:
+        pass
+    return logps
 
-    def losses_of(logps, places):
-        x, both = drawn.prompt[places], torch.stack([drawn.chosen, drawn.rejected])[:, places]
-        return call_loss(loss, logps[x, both], ref[x, both], LENGTHS[both], beta)
+
+def preferences(loss, drawn, ref, beta=BETA, **settings):
+    """A loss of the four log-probs on these pairs, as `descend` wants it."""
+    loss = functools.partial(loss, **settings)
+    lengths = of_pairs(LENGTHS.expand(ref.shape), drawn)
+
+    def losses_of(logps, batch):
+        pairs = data.Drawn(*(column[batch] for column in drawn))
+        return call_loss(
+            loss, of_pairs(logps, pairs), of_pairs(ref, pairs), lengths[:, batch], beta
+        )
 
     return losses_of
 
@@ -152,68 +199,50 @@ def preferences(loss, drawn, ref, beta=BETA, **settings):
 def soft_preferences(loss, drawn, ref, beta=BETA, **settings):
     """The same with soft labels: p L(chosen, rejected) + (1 - p) L(rejected, chosen), where p is
     Eq. 1's probability on r* that chosen wins. So there is no label noise."""
-    as_drawn = preferences(loss, drawn, ref, beta, **settings)
     everywhere = torch.ones(len(drawn.prompt), dtype=torch.bool)
+    as_drawn = preferences(loss, drawn, ref, beta, **settings)
     reversed_pairs = preferences(loss, exchange(drawn, everywhere), ref, beta, **settings)
     p = true_margins(drawn).sigmoid()  # (1)
 
-    def losses_of(logps, places):
-        chosen_wins = as_drawn(logps, places)
-        rejected_wins = reversed_pairs(logps, places)
-        return p[places] * chosen_wins + (1 - p[places]) * rejected_wins
+    def losses_of(logps, batch):
+        chosen_wins = p[batch] * as_drawn(logps, batch)
+        rejected_wins = (1 - p[batch]) * reversed_pairs(logps, batch)
+        return chosen_wins + rejected_wins
 
     return losses_of
 
 
-def train_dpo(
-    seed, drawn=None, lr=1e-2, steps=STEPS, loss=dpo.dpo_loss, kind="network", **settings
-):
-    """DPO, or another loss, from the reference: yields (step, logps) like `descend`."""
-    model, ref = start_from(seed, kind)
-    drawn = draw(seed, PAIRS) if drawn is None else drawn
+def train_dpo(seed, drawn, steps=STEPS, lr=1e-2, loss=dpo.dpo_loss, kind="network", **settings):
+    """DPO, or another loss, from the reference: yields (step, logps) like `descend`.
+
+    settings: those of the loss, such as beta.
+    """
+    policy, ref = start_from(seed, kind)
     losses_of = preferences(loss, drawn, ref, **settings)
-    yield from descend(model, losses_of, len(drawn.prompt), steps, lr, seed)
+    return descend(policy, losses_of, len(drawn.prompt), steps, lr, seed)
+
+
+# Exact numbers
 
 
 def measure(logps, ref, beta=BETA, prompts=slice(None)):
     """ToyWorld.measure, the mass on grammatical responses and the entropy; means over `prompts`."""
-    there = logps[prompts]
-    entropy = -(there.exp() * there.clamp(min=-1e9)).sum(-1)
-    more = {"grammatical": there.exp()[:, WORLD.grammatical].sum(-1), "entropy": entropy}
-    return WORLD.measure(logps, ref, beta, prompts) | means(more)
+    numbers = WORLD.measure(logps, ref, beta, prompts)
+    logps = logps[prompts]
+    probs = logps.exp()
+    more = {
+        "grammatical": probs[:, WORLD.grammatical].sum(-1),
+        "entropy": -(probs * logps.clamp(min=-1e9)).sum(-1),  # 0 log 0 = 0
+    }
+    return numbers | means(more)
 
 
 def means(columns):
     """{name: tensor} -> {name: its mean}. AssertionError if one is not finite."""
     found = {name: column.mean().item() for name, column in columns.items()}
-    assert all(math.isfinite(mean) for mean in found.values()), f"not finite: {found}"
+    for name, mean in found.items():
+        assert math.isfinite(mean), f"{name} is {mean}"
     return found
-
-
-def agreement(rewards, ref):
-    """How well rewards (P, Y), a reward model's or a policy's own, agree with r*; means over x.
-
-    rank_correlation: Spearman's, over every response, the rare ones too (r* has ties: mean ranks).
-    pair_accuracy: over all pairs that pi_ref would draw and whose true rewards differ.
-    probability_error: the mean distance of sigma(r - r') from Bradley-Terry's p, over such pairs.
-    """
-    columns = {"rank_correlation": [], "pair_accuracy": [], "probability_error": []}
-    for found, true, logps in zip(rewards, WORLD.rewards, ref):
-        ranks = torch.stack([mean_ranks(found), mean_ranks(true)])
-        columns["rank_correlation"].append(ranks.corrcoef()[0, 1])
-        margins, truth = found[:, None] - found, true[:, None] - true
-        odds = torch.where(truth != 0, logps.exp()[:, None] * logps.exp(), 0)
-        right = dpo.accuracy(margins * truth.sign())
-        apart = (margins.sigmoid() - truth.sigmoid()).abs()
-        columns["pair_accuracy"].append((odds * right).sum() / odds.sum())
-        columns["probability_error"].append((odds * apart).sum() / odds.sum())
-    return {key: torch.stack(column).mean().item() for key, column in columns.items()}
-
-
-def mean_ranks(values):
-    """Ranks (n,), equal values sharing the mean of theirs."""
-    _, level, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2)[level].double()
 
 
 # Training on rows of tokens: train.py's step, for any model, world, loss and device
@@ -221,6 +250,16 @@ def mean_ranks(values):
 
 def adamw(model, lr):
     return torch.optim.AdamW(model.parameters(), lr, (0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def set_learning_rate(optimizer, peak, step, steps, warmup):
+    """A linear warm-up, then a linear decay to almost 0. Steps count from 1."""
+    if step <= warmup:
+        lr = peak * (step / warmup)
+    else:
+        lr = peak * ((steps - step + 1) / (steps - warmup))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 def schedule(optimizer, rows, epochs, peak_lr, seed):
@@ -231,12 +270,7 @@ def schedule(optimizer, rows, epochs, peak_lr, seed):
     warmup = max(1, min(150, steps // 10))
     batches = data.batches(rows, batch_size, torch.Generator().manual_seed(seed + 2))
     for step in range(1, steps + 1):
-        if step <= warmup:
-            lr = peak_lr * (step / warmup)
-        else:
-            lr = peak_lr * ((steps - step + 1) / (steps - warmup))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(optimizer, peak_lr, step, steps, warmup)
         yield step, steps, next(batches)
 
 
@@ -303,106 +337,109 @@ def call_loss(loss, policy_logps, ref_logps, lengths, beta):
     losses = loss(*policy_logps, *ref_logps, **passed)
     if isinstance(losses, tuple):  # such as dpo.DPOLoss
         losses = losses[0]
-    assert losses.shape == policy_logps[0].shape, f"not one loss for each pair: {losses}"
+    assert losses.shape == policy_logps[0].shape, f"not one loss per pair: {losses}"
     return losses
 
 
-# Many runs, files, command line
-
-
-def run_jobs(work, jobs, seconds):
-    """[work(*job) for job in jobs], one thread each, on all cores; says how long is left, from
-    a guess of each job's seconds. Give the longest first."""
-    start, results, cores = time.time(), {}, os.cpu_count()
-    context = get_context("spawn")
-    with ProcessPoolExecutor(cores, context, torch.set_num_threads, (1,)) as pool:
-        futures = {pool.submit(work, *job): i for i, job in enumerate(jobs)}
-        for future in as_completed(futures):
-            results[futures[future]] = future.result()
-            waiting = [seconds[i] for i in range(len(jobs)) if i not in results]
-            left = sum(waiting) - sum(waiting[:cores]) / 2  # those at work are half done
-            spent = time.time() - start
-            left *= spent / max(sum(seconds) - left, 1)
-            times = f"{spent:.0f} s  {left:.0f} s left"
-            print(f"{len(results)}/{len(jobs)} jobs  {times}", flush=True)
-    return [results[i] for i in range(len(jobs))]
-
-
-def run_and_save(functions, prefix, quick, folder):
-    """functions: {f: guess of its seconds}, the longest first; f(seed, quick) gives rows. One seed
-    or five, each to <folder>/<prefix>_<name of f>.csv."""
-    jobs = [(f, seed, quick) for f in functions for seed in range(1 if quick else 5)]
-    results = run_jobs(call, jobs, [functions[f] for f, *_ in jobs])
-    for f in functions:
-        rows = [row for job, part in zip(jobs, results) if job[0] is f for row in part]
-        save_csv(folder / f"{prefix}_{f.__name__}.csv", rows)
-
-
-def call(f, *arguments):
-    return f(*arguments)
-
-
-def parse(description):
-    """--quick or the full run -> (quick, folder): out-quick, or assets, which README shows."""
-    parser = argparse.ArgumentParser(description=description)
-    help = "fewer seeds and settings, at most 2 minutes on two cores; writes to out-quick"
-    parser.add_argument("--quick", action="store_true", help=help)
-    quick = parser.parse_args().quick
-    sys.stdout.reconfigure(errors="replace")  # the tables' ± on an ASCII console
-    folder = Path("out-quick" if quick else "assets")
-    folder.mkdir(parents=True, exist_ok=True)
-    return quick, folder
+# Rows: dicts with a seed, settings and numbers
 
 
 def save_csv(path, rows):
-    """Dicts of one set of keys, as a table; floats with six significant digits."""
+    """Rows as a table. Their columns may differ: a cell that a row lacks is left empty. Floats have
+    six significant digits."""
+    columns = {}  # in order of first appearance
+    for row in rows:
+        columns |= dict.fromkeys(row)
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(columns))
         writer.writeheader()
         for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+            writer.writerow({key: to_text(value) for key, value in row.items()})
 
 
 def load_csv(path):
-    """The rows of `save_csv`; what reads as a number is one."""
-
-    def value(text):
-        try:
-            return float(text)
-        except ValueError:
-            return text
-
+    """The rows of `save_csv`. What reads as a number is one; empty cells are left out."""
+    rows = []
     with open(path, newline="", encoding="utf-8") as file:
-        return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+        for row in csv.DictReader(file):
+            rows.append({key: to_value(text) for key, text in row.items() if text != ""})
+    return rows
+
+
+def to_text(value):
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value)
+
+
+def to_value(text):
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 def saved(name):
-    """The rows of assets/<name>.csv, which an experiment made with five seeds."""
-    return load_csv(Path(__file__).parents[1] / "assets" / f"{name}.csv")
+    """The rows of assets/<name>.csv, which a question has measured with five seeds."""
+    return load_csv(ASSETS / f"{name}.csv")
 
 
 def where(rows, **wanted):
     """The rows that have these values."""
-    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    found = rows
+    for key, value in wanted.items():
+        found = [row for row in found if row.get(key) == value]
+    return found
 
 
-def mean_sd(values):
-    """Mean and standard deviation, 0 for a single one."""
-    values = torch.tensor(values, dtype=torch.float64)
-    return values.mean().item(), values.std(correction=min(1, len(values) - 1)).item()
+def values(rows, key):
+    """The different values of a column, in order of first appearance."""
+    return list(dict.fromkeys(row[key] for row in rows if key in row))
 
 
-def spread(values):
-    """The same as text."""
-    return "{:.2f} ± {:.2f}".format(*mean_sd(values))
+def per_seed(rows, key):
+    """The mean of a column for each seed."""
+    found = []
+    for seed in values(rows, "seed"):
+        column = [row[key] for row in where(rows, seed=seed)]
+        found.append(sum(column) / len(column))
+    return found
 
 
-def table(rows, by, columns):
-    """A table in Markdown: for each value of `by`, mean and spread of the columns."""
-    head = f"| {by} | {' | '.join(columns)} |".replace("_", " ")
-    lines = [head, "|---" * (len(columns) + 1) + "|"]
-    for name in dict.fromkeys(row[by] for row in rows):
+def mean_sd(numbers):
+    """Mean and standard deviation, 0 for a single number."""
+    numbers = torch.tensor(numbers, dtype=torch.float64)
+    if len(numbers) == 1:
+        return numbers.item(), 0.0
+    return numbers.mean().item(), numbers.std().item()
+
+
+def mean(rows, key):
+    return mean_sd(per_seed(rows, key))[0]
+
+
+def spread(rows, key, digits=2):
+    """A column as text: mean ± standard deviation over the seeds."""
+    numbers = per_seed(rows, key)
+    middle, sd = mean_sd(numbers)
+    if len(numbers) == 1:
+        return f"{middle:.{digits}f}"
+    return f"{middle:.{digits}f} ± {sd:.{digits}f}"
+
+
+def table(rows, by, heads):
+    """For each value of the column `by`, mean ± sd of some columns, in Markdown. heads: {column:
+    its heading}."""
+    lines = [[by, *heads.values()]]
+    for name in values(rows, by):
         mine = where(rows, **{by: name})
-        cells = (spread([row[column] for row in mine]) for column in columns)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([str(name), *(spread(mine, key) for key in heads)])
+    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    text = ""
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
+        text += f"| {' | '.join(cells)} |\n"
+    return text

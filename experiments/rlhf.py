@@ -80,6 +80,38 @@ def train_reward_model(sft, drawn, epochs=EPOCHS, seed=0, lr=5e-3, batch=512):
         return rewards - (lab.listed(sft).exp() * rewards).sum(-1, keepdim=True)
 
 
+# Does a reward agree with the true one?
+
+
+def agreement(rewards, ref):
+    """How well rewards (P, Y), a reward model's or a policy's own, agree with r*; means over x.
+
+    rank_correlation: Spearman's, over every response, the rare ones too.
+    pair_accuracy: over all pairs that pi_ref would draw and whose true rewards differ.
+    probability_error: the mean distance of sigma(r - r') from Bradley-Terry's p, over such pairs.
+    """
+    columns = {"rank_correlation": [], "pair_accuracy": [], "probability_error": []}
+    for found, true, logps in zip(rewards, WORLD.rewards, ref):
+        ranks = torch.stack([mean_ranks(found), mean_ranks(true)])
+        columns["rank_correlation"].append(ranks.corrcoef()[0, 1])
+        margins = found[:, None] - found  # (Y, Y)
+        true_margins = true[:, None] - true
+        probs = logps.exp()
+        odds = probs[:, None] * probs * (true_margins != 0)
+        right = dpo.accuracy(margins * true_margins.sign())
+        error = (margins.sigmoid() - true_margins.sigmoid()).abs()
+        columns["pair_accuracy"].append((odds * right).sum() / odds.sum())
+        columns["probability_error"].append((odds * error).sum() / odds.sum())
+    return {name: torch.stack(column).mean().item() for name, column in columns.items()}
+
+
+def mean_ranks(values):
+    """Ranks (n,), float64. Equal values share the mean of their ranks, for r* has ties."""
+    _, level, counts = values.unique(return_inverse=True, return_counts=True)
+    ranks = counts.cumsum(0) - (counts - 1) / 2
+    return ranks[level].double()
+
+
 # PPO: Eq. 3
 
 
@@ -220,7 +252,7 @@ def work(seed, quick):
     ends["optimum"] = best(ref, WORLD.rewards)
     rows = [{"seed": seed, "system": n} | numbers(logps, ref, learned) for n, logps in ends.items()]
     models = {"reward model": learned, "DPO": dpo.implicit_reward(of_dpo, ref, BETA)}
-    found = [{"seed": seed, "rewards": n} | lab.agreement(r, ref) for n, r in models.items()]
+    found = [{"seed": seed, "rewards": n} | agreement(r, ref) for n, r in models.items()]
     calibrated = [row for name, r in models.items() for row in calibration(name, seed, r, ref)]
     return rows, found, curves, calibrated
 

@@ -161,10 +161,9 @@ V8 SimPO with a reference | policy_chosen_logps / => (policy_chosen_logps - ref_
 PPO: Eq. 2 the wrong way round | chosen[i], drawn.rejected => rejected[i], drawn.chosen
 PPO: max in place of min | torch.min(ratio => torch.max(ratio
 # experiments/lab.py
-lab: pairs of the wrong prompt | prompt == among => prompt != among
+lab: rejected before chosen | [drawn.chosen, drawn.rejected] => [drawn.rejected, drawn.chosen]
 lab: deterministic labels exchanged | true_margins(drawn) < 0 => true_margins(drawn) > 0
-lab: soft labels mixed the wrong way |
-    p[places] * chosen_wins + (1 - p[places]) => (1 - p[places]) * chosen_wins + p[places]
+lab: soft labels mixed the wrong way | = p[batch] * as_drawn => = (1 - p[batch]) * as_drawn
 # experiments/shared_row.py
 shared row: rejected sees chosen | mask[i, fork:, trunk:fork] = False => pass
 """

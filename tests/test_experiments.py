@@ -200,16 +200,16 @@ def test_measure_by_hand():
 
 
 def test_mean_ranks_by_hand():
-    ranks = lab.mean_ranks(torch.tensor([5.0, 1.0, 5.0]))
+    ranks = rlhf.mean_ranks(torch.tensor([5.0, 1.0, 5.0]))
     expect(ranks, [2.5, 1.0, 2.5], "equal values share the mean of their ranks")
 
 
 def test_agreement_with_r_itself_and_with_its_opposite():
     ref = uniform()
-    found = lab.agreement(WORLD.rewards, ref)
+    found = rlhf.agreement(WORLD.rewards, ref)
     wanted = {"rank_correlation": 1.0, "pair_accuracy": 1.0, "probability_error": 0.0}
     assert found == pytest.approx(wanted, abs=1e-12), "r* agrees with itself"
-    found = lab.agreement(-WORLD.rewards, ref)
+    found = rlhf.agreement(-WORLD.rewards, ref)
     assert found["rank_correlation"] == pytest.approx(-1)
     assert found["pair_accuracy"] == 0
 
@@ -226,8 +226,8 @@ def test_agreement_by_hand(monkeypatch):
     ref[0, at] = doubles([0.5, 0.3, 0.2]).log()
     rewards = torch.zeros(1, 1111, dtype=f64)
     rewards[0, at] = doubles([0.0, 1.0, 2.0])
-    monkeypatch.setattr(lab.WORLD, "rewards", WORLD.rewards[:1])
-    found = lab.agreement(rewards, ref)
+    monkeypatch.setattr(rlhf.WORLD, "rewards", WORLD.rewards[:1])
+    found = rlhf.agreement(rewards, ref)
     total = 0.15 + 0.1 + 0.06
     expect(found["pair_accuracy"], 0.06 / total, "pairs weighed as pi_ref draws them")
     apart = 0.15 * (sigma(4) - sigma(-1))
@@ -236,27 +236,53 @@ def test_agreement_by_hand(monkeypatch):
     expect(found["probability_error"], apart / total, "|sigma(r - r') - p|, weighed alike")
 
     rewards[0, PLACE[" dull"]] = 0.0
-    tied = lab.agreement(rewards, ref)["pair_accuracy"]
+    tied = rlhf.agreement(rewards, ref)["pair_accuracy"]
     expect(tied, (0.06 + 0.15 / 2) / total, "a tie counts half")
 
 
-def test_flipped_labels_and_pairs_of_one_prompt(reference):
-    clean = lab.draw(0, 4000, "deterministic")
+def test_labels_that_are_always_right_and_flipped_ones(reference):
+    clean = lab.draw_pairs(0, 4000, "deterministic")
     won = WORLD.rewards[clean.prompt, clean.chosen]
     lost = WORLD.rewards[clean.prompt, clean.rejected]
     assert (won >= lost).all(), "without flips the higher true reward wins every pair"
 
-    noisy = lab.draw(0, 4000, "deterministic", flip=0.2)
+    noisy = lab.draw_pairs(0, 4000, "deterministic", flip=0.2)
     exchanged = (noisy.chosen == clean.rejected) & (noisy.rejected == clean.chosen)
     differ = clean.chosen != clean.rejected
     flipped = exchanged[differ].float().mean().item()
     assert flipped == pytest.approx(0.2, abs=0.03), "a fifth of the labels is flipped"
 
-    kept = lab.draw(0, 4000, "deterministic", among=0)
-    assert (kept.prompt == 0).all(), "pairs of prompt 0 alone"
-    assert len(kept.prompt) == (clean.prompt == 0).sum(), "all of them"
-    other = lab.draw(0, 4000, "deterministic", stream=2000)
+    other = lab.draw_pairs(0, 4000, "deterministic", stream=2000)
     assert not torch.equal(other.chosen, clean.chosen), "another stream draws other pairs"
+
+
+def test_the_responses_of_pairs():
+    """Prompt 0: 5 beats 7. Prompt 1: 7 beats 9, and 9 beats 9."""
+    drawn = data.Drawn(*torch.tensor([[0, 1, 1], [5, 7, 9], [7, 9, 9]]))
+    values = torch.arange(2 * 1111).view(2, 1111)
+    assert lab.of_pairs(values, drawn).tolist() == [[5, 1118, 1120], [7, 1120, 1120]]
+    mentioned = lab.mentioned(drawn)
+    assert mentioned.nonzero().tolist() == [[0, 5], [0, 7], [1, 7], [1, 9]]
+
+
+def test_rows_survive_a_file(tmp_path):
+    """Numbers come back as numbers, also where rows have different columns."""
+    rows = [{"seed": 0, "run": "DPO", "kl": 0.5}, {"seed": 1, "run": "Eq. 4", "beta": 2.0}]
+    lab.save_csv(tmp_path / "rows.csv", rows)
+    assert lab.load_csv(tmp_path / "rows.csv") == rows
+    assert lab.where(rows, beta=2) == rows[1:] and lab.where(rows, kl=1) == []
+    assert lab.values(rows, "kl") == [0.5]
+
+
+def test_means_and_spreads_over_seeds():
+    """Each seed counts once, however many rows it has."""
+    rows = [{"seed": 0, "x": 1.0}, {"seed": 0, "x": 3.0}, {"seed": 1, "x": 4.0}]
+    assert lab.per_seed(rows, "x") == [2.0, 4.0]
+    assert lab.mean(rows, "x") == 3.0
+    assert lab.spread(rows, "x") == "3.00 ± 1.41", "the standard deviation of a sample of two"
+    assert lab.spread(rows[:2], "x", digits=1) == "2.0"
+    wanted = ["| seed | X    |", "| ---- | ---- |", "| 0    | 2.00 |", "| 1    | 4.00 |"]
+    assert lab.table(rows, "seed", {"x": "X"}).splitlines() == wanted
 
 
 # rlhf.py: the reward model
@@ -289,7 +315,7 @@ def test_reward_model_starts_at_log_2_and_learns_eq2(model, ref):
     rewards = rlhf.train_reward_model(model, drawn, epochs=1)
     mean = (ref.exp() * rewards).sum(-1)
     expect(mean, [0.0, 0.0], "section 3: E_ref[r_phi] is 0 for each prompt")
-    found = lab.agreement(rewards, ref)
+    found = rlhf.agreement(rewards, ref)
     assert found["pair_accuracy"] > 0.65, f"Eq. 2 has learnt to rank the wrong way round? {found}"
 
 

@@ -140,7 +140,10 @@ def test_the_experiments_exist(root, texts):
     names = set(re.findall(r"python -m experiments\.(\w+)", text))
     assert names >= {"rlhf", "frontier", "claims", "verdicts", "animate", "bench", "sample"}
     for name in names:
-        source = read(root / "experiments" / f"{name}.py")
+        path = root / "experiments" / f"{name}.py"
+        if not path.exists():
+            path = root / "experiments" / name / "__main__.py"
+        source = read(path)
         assert 'if __name__ == "__main__":' in source, f"{name}.py cannot be started"
         assert f"python -m experiments.{name}" in source, f"{name}.py does not say how to start it"
 
