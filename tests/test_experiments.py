@@ -123,39 +123,6 @@ def test_measure_and_the_listed_responses(sft):
     assert mean["entropy"] == pytest.approx((math.log(1111) + coin) / 2), "means over the prompts"
 
 
-def test_agreement_by_hand(monkeypatch):
-    assert rlhf.mean_ranks(torch.tensor([5.0, 1.0, 5.0])).tolist() == [2.5, 1.0, 2.5]
-    ref = torch.full(WORLD.rewards.shape, -math.log(1111), dtype=torch.float64)
-    found = rlhf.agreement(WORLD.rewards * 1.0, ref)
-    wanted = {"rank_correlation": 1.0, "pair_accuracy": 1.0, "probability_error": 0.0}
-    assert found == pytest.approx(wanted, abs=1e-12), "r* agrees with itself"
-    found = rlhf.agreement(-WORLD.rewards, ref)
-    assert found["rank_correlation"] == pytest.approx(-1) and found["pair_accuracy"] == 0
-
-    # three responses that the reference draws, with true rewards 2, -2, 0 of the film ("" is 0), in
-    # shares 0.5, 0.3, 0.2; the rewards found say 0, 1, 2. Pairs: good > dull is missed (0.15 of
-    # 0.31), good > "" missed (0.1), dull < "" right (0.06)
-    at = [PLACE[" good"], PLACE[" dull"], PLACE[""]]
-    assert WORLD.rewards[0, at].tolist() == [2.0, -2.0, 0.0]
-    ref = torch.full_like(WORLD.rewards, -torch.inf)
-    ref[:, at] = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
-    rewards = torch.zeros_like(WORLD.rewards)
-    rewards[:, at] = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
-    monkeypatch.setattr(rlhf.WORLD, "rewards", WORLD.rewards[:1])
-    found = rlhf.agreement(rewards[:1], ref[:1])
-    expect(found["pair_accuracy"], 0.06 / 0.31, "pairs weighed as pi_ref draws them")
-
-    def sigma(m):
-        return 1 / (1 + math.exp(-m))
-
-    apart = 0.15 * (sigma(4) - sigma(-1)) + 0.1 * (sigma(2) - sigma(-2))
-    apart += 0.06 * (sigma(2) - sigma(1))
-    expect(found["probability_error"], apart / 0.31, "|sigma(r - r') - p|, weighed alike")
-    rewards[:, at[1]] = 0.0
-    tied = rlhf.agreement(rewards[:1], ref[:1])["pair_accuracy"]
-    expect(tied, (0.06 + 0.15 / 2) / 0.31, "a tie counts half")
-
-
 def test_labels_that_are_always_right_and_flipped_ones(monkeypatch, sft):
     monkeypatch.setattr(lab, "reference", lambda seed: sft)
     clean = lab.draw_pairs(0, 4000, "deterministic")
@@ -220,8 +187,12 @@ def test_reward_model_starts_at_log_2_and_learns_eq2(sft):
     drawn = WORLD.draw_pairs(ref, 10_000, torch.Generator().manual_seed(0))
     rewards = rlhf.train_reward_model(model, drawn, epochs=1)
     expect((ref.exp() * rewards).sum(-1), [0.0, 0.0], "E_ref[r_phi], section 3")
-    found = rlhf.agreement(rewards, ref)
-    assert found["pair_accuracy"] > 0.65, f"Eq. 2 has learnt to rank the wrong way round? {found}"
+    fresh = WORLD.draw_pairs(ref, 10_000, torch.Generator().manual_seed(1))
+    learned = lab.of_pairs(rewards, fresh)
+    true = lab.of_pairs(WORLD.rewards, fresh)
+    product = (learned[0] - learned[1]) * (true[0] - true[1])
+    right = (product > 0).sum() / (product != 0).sum()
+    assert right > 0.65, f"Eq. 2 ranks {right:.0%} of the pairs as r* does: the wrong way round?"
 
 
 # rlhf.py: PPO
@@ -244,9 +215,9 @@ def test_ppo_loss_counts_what_the_mask_counts(sft):
     model.zero_grad()
 
 
-def test_place_of_finds_every_response():
-    places = rlhf.place_of(rlhf.RESPONSES)
-    assert places.tolist() == list(range(len(WORLD.responses))), "tokens -> place in the listing"
+def test_number_of_finds_every_response():
+    numbers = rlhf.number_of(rlhf.RESPONSES)
+    assert numbers.tolist() == list(range(len(WORLD.responses))), "tokens -> index of the response"
 
 
 def test_gae_by_hand():
@@ -362,23 +333,28 @@ def test_best_of_n_is_the_law_of_the_best_of_n_draws():
         assert kl <= math.log(n) - (n - 1) / n + 1e-12, "its known bound"
 
 
-def test_closed_forms_of_preferred_ft_and_unlikelihood():
-    """The minimum of the population loss, found by descent, and its threshold."""
-    ref = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64).log()
-    rewards = torch.tensor([1.0, -0.5, 0.3, 0.0], dtype=torch.float64)
-    p = (rewards[:, None] - rewards).sigmoid() * ref.exp()[:, None] * ref.exp() * 2  # y beats y'
-    won, lost = p.sum(1), p.sum(0)
-    threshold = frontier.unlikelihood_optimum(ref, rewards, "hard")[1]
-    expect(threshold, (won / lost).min(), "alpha up to which unlikelihood has a minimum", 1e-12)
-    for alpha in (0.0, threshold / 2):
-        found = descend(lambda pi: (alpha * lost * pi - won * pi).sum(), ref)
-        got, _ = frontier.unlikelihood_optimum(ref, rewards, "hard", alpha)
-        expect(got, found, f"alpha {alpha:.3f}", 1e-7)
+@pytest.mark.parametrize("labels", ["hard", "deterministic"])
+def test_preferred_ft_minimises_the_loss_of_infinitely_many_pairs(labels):
+    """-log pi(chosen), averaged over all pairs one by one; the minimum is found by descent."""
+    probs = [0.1, 0.4, 0.3, 0.2]
+    rewards = [1.0, -0.5, 0.3, 0.3]  # the last two are equal
+    won = torch.zeros(4, dtype=torch.float64)  # how often each response is the chosen one
+    for y, z in itertools.product(range(4), range(4)):
+        p = 1 / (1 + math.exp(rewards[z] - rewards[y]))  # (1)
+        if labels == "deterministic" and rewards[y] != rewards[z]:
+            p = float(rewards[y] > rewards[z])
+        won[y] += probs[y] * probs[z] * p
+        won[z] += probs[y] * probs[z] * (1 - p)
+    ref = torch.tensor(probs, dtype=torch.float64).log()
+    found = descend(lambda logps: -(won * logps).sum(), ref)
+    got = frontier.preferred_ft(ref, torch.tensor(rewards).double(), labels)
+    expect(got, found, "Preferred-FT: 2 pi_ref(y) s(y)", 1e-7)
 
 
 def test_preferred_ft_with_deterministic_labels_is_best_of_2(sft):
-    ref, rewards = sft[1][0], WORLD.rewards[0]
-    preferred, _ = frontier.unlikelihood_optimum(ref, rewards, "deterministic")
+    ref = sft[1][0]
+    rewards = WORLD.rewards[0]
+    preferred = frontier.preferred_ft(ref, rewards, "deterministic")
     expect(preferred, frontier.best_of_n(ref, rewards, 2), "2 pi_ref s = best of 2", 1e-9)
 
 
@@ -390,7 +366,7 @@ def test_nothing_lies_above_the_exact_curve_and_the_check_can_fail(sft):
     for policy in [ref, *(optimum + 0.5 * noise).log_softmax(-1)]:
         found = lab.measure(policy, ref)
         assert frontier.height(found["kl"], found["expected_reward"], curve) <= 1e-9
-    on = lab.measure(dpo.optimal_policy(ref, WORLD.rewards, frontier.SWEEP[150])[0], ref)
+    on = lab.measure(dpo.optimal_policy(ref, WORLD.rewards, frontier.CURVE_BETAS[150])[0], ref)
     assert abs(frontier.height(on["kl"], on["expected_reward"], curve)) < 1e-9, "on the curve"
     above = frontier.height(on["kl"], on["expected_reward"] + 0.01, curve)
     assert above == pytest.approx(0.01, abs=1e-6), "a point 0.01 above must be seen as such"
@@ -402,6 +378,43 @@ def test_reached_tosses_coins_between_policies():
     assert frontier.reached(points, 0.5) == 1.0, "half of SFT, half of (1, 2)"
     assert frontier.reached(points, 2.0) == 2.5, "half of (1, 2), half of (3, 3)"
     assert frontier.reached(points, 9.0) == 3.0
+
+
+def test_a_run_is_looked_at_more_often_in_its_first_steps(sft, monkeypatch):
+    """Of 128 steps those at 128, 90.5, 64, 45.3, 32 ... 2, 1.4, each rounded."""
+    _, ref = sft
+    monkeypatch.setattr(lab, "reference", lambda seed: sft)
+    better, _ = dpo.optimal_policy(ref, WORLD.rewards, 1.0)
+    run = [("anything", ref)] * 128 + [("anything", better)]
+    who = {"seed": 0, "method": "DPO"}
+    rows = frontier.looks_at(run, 128, who)
+    steps = [1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128]
+    assert [row["step"] for row in rows] == steps
+    assert [row["kl"] for row in rows[:-1]] == [0.0] * 13, "the reference itself"
+    gained = ((better.exp() - ref.exp()) * WORLD.rewards).sum(-1).mean()
+    got = rows[-1]["expected_reward"] - rows[0]["expected_reward"]
+    expect(got, gained, "E[r*] of the last policy minus that of the reference", 1e-9)
+    monkeypatch.setattr(frontier, "height", lambda *_: 0.01)
+    with pytest.raises(AssertionError, match="above the exact curve"):
+        frontier.looks_at(run, 128, who)
+
+
+def test_ppo_gt_sees_the_true_reward_and_ppo_the_learned_one(sft, monkeypatch):
+    given = []
+
+    def ppo(sft, rewards, seed, target_kl, samples):
+        given.append((rewards, target_kl))
+        yield 0, lab.listed(sft).detach()
+
+    learned = torch.zeros_like(WORLD.rewards)
+    monkeypatch.setattr(lab, "reference", lambda seed: sft)
+    monkeypatch.setattr(rlhf, "ppo", ppo)
+    monkeypatch.setattr(rlhf, "train_reward_model", lambda *_: learned)
+    monkeypatch.setattr(frontier, "TARGET_KLS", [2.0])
+    frontier.ppo_rows(0, "any", 512, 1)
+    frontier.ppo_rows(0, "hard", 512, 1)
+    assert given[0][0] is WORLD.rewards and given[1][0] is learned
+    assert [target for _, target in given] == [2.0, 2.0]
 
 
 # course.py

@@ -1,8 +1,6 @@
 """What the README files name exists: commands, flags, files, tests; their numbers are measured."""
 
 import ast
-import csv
-import math
 import re
 import shlex
 import subprocess
@@ -173,26 +171,6 @@ def test_the_first_command_prints_what_readme_shows(root, readme, tmp_path):
 
 
 # What assets/ holds
-
-
-def read(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_the_committed_dots_lie_below_the_curve(root):
-    """assets/frontier.csv against the tangents of assets/frontier_curve.csv, of slope beta; and
-    Best-of-N within its bound on KL."""
-    rows, curve = (read(root / "assets" / f"frontier{end}.csv") for end in ("", "_curve"))
-    assert {row["method"] for row in rows} == set(frontier.STYLE)
-    for seed in "01234":
-        points = [list(map(float, list(row.values())[1:])) for row in curve if row["seed"] == seed]
-        for row in (row for row in rows if row["seed"] == seed):
-            kl, reward, n = float(row["kl"]), float(row["expected_reward"]), float(row["setting"])
-            for beta, kl_there, reward_there in points:
-                assert reward <= reward_there + beta * (kl - kl_there) + 1e-3, row  # 6 digits
-            if row["method"] == "Best-of-N":
-                assert kl <= math.log(n) - (n - 1) / n + 1e-6, row
 
 
 def test_the_claims_are_as_measured(root, texts):
