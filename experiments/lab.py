@@ -429,6 +429,12 @@ def spread(rows, key, digits=2):
     return f"{middle:.{digits}f} ± {sd:.{digits}f}"
 
 
+def is_clear(differences):
+    """Is their mean more than two standard errors from 0? Paired differences, one per seed."""
+    middle, sd = mean_sd(differences)
+    return abs(middle) > 2 * sd / len(differences) ** 0.5
+
+
 def table(rows, by, heads):
     """For each value of the column `by`, mean ± sd of some columns, in Markdown. heads: {column:
     its heading}."""

@@ -158,7 +158,8 @@ V4 ORPO on sums |
 V7 SimPO gamma inside beta | - rejected) - gamma => - rejected - gamma)
 V8 SimPO with a reference | policy_chosen_logps / => (policy_chosen_logps - ref_chosen_logps) /
 # experiments/rlhf.py
-PPO: Eq. 2 the wrong way round | chosen[i], drawn.rejected => rejected[i], drawn.chosen
+PPO: Eq. 2 the wrong way round |
+    _loss(chosen_rewards, rejected_rewards) => _loss(rejected_rewards, chosen_rewards)
 PPO: max in place of min | torch.min(ratio => torch.max(ratio
 # experiments/lab.py
 lab: rejected before chosen | [drawn.chosen, drawn.rejected] => [drawn.rejected, drawn.chosen]

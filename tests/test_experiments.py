@@ -199,47 +199,6 @@ def test_measure_by_hand():
     assert both.items() > WORLD.measure(logps, logps, 2.0).items(), "and the world's own numbers"
 
 
-def test_mean_ranks_by_hand():
-    ranks = rlhf.mean_ranks(torch.tensor([5.0, 1.0, 5.0]))
-    expect(ranks, [2.5, 1.0, 2.5], "equal values share the mean of their ranks")
-
-
-def test_agreement_with_r_itself_and_with_its_opposite():
-    ref = uniform()
-    found = rlhf.agreement(WORLD.rewards, ref)
-    wanted = {"rank_correlation": 1.0, "pair_accuracy": 1.0, "probability_error": 0.0}
-    assert found == pytest.approx(wanted, abs=1e-12), "r* agrees with itself"
-    found = rlhf.agreement(-WORLD.rewards, ref)
-    assert found["rank_correlation"] == pytest.approx(-1)
-    assert found["pair_accuracy"] == 0
-
-
-def test_agreement_by_hand(monkeypatch):
-    """Of three responses, which the reference draws with probability 0.5, 0.3 and 0.2.
-
-    Their true rewards are 2, -2 and 0, the rewards found 0, 1 and 2. So of the three pairs,
-    good > dull (weight 0.15) and good > "" (0.1) are ranked wrong, dull < "" (0.06) right.
-    """
-    at = [PLACE[" good"], PLACE[" dull"], PLACE[""]]
-    assert WORLD.rewards[0, at].tolist() == [2.0, -2.0, 0.0]
-    ref = torch.full((1, 1111), -torch.inf, dtype=f64)
-    ref[0, at] = doubles([0.5, 0.3, 0.2]).log()
-    rewards = torch.zeros(1, 1111, dtype=f64)
-    rewards[0, at] = doubles([0.0, 1.0, 2.0])
-    monkeypatch.setattr(rlhf.WORLD, "rewards", WORLD.rewards[:1])
-    found = rlhf.agreement(rewards, ref)
-    total = 0.15 + 0.1 + 0.06
-    expect(found["pair_accuracy"], 0.06 / total, "pairs weighed as pi_ref draws them")
-    apart = 0.15 * (sigma(4) - sigma(-1))
-    apart += 0.1 * (sigma(2) - sigma(-2))
-    apart += 0.06 * (sigma(2) - sigma(1))
-    expect(found["probability_error"], apart / total, "|sigma(r - r') - p|, weighed alike")
-
-    rewards[0, PLACE[" dull"]] = 0.0
-    tied = rlhf.agreement(rewards, ref)["pair_accuracy"]
-    expect(tied, (0.06 + 0.15 / 2) / total, "a tie counts half")
-
-
 def test_labels_that_are_always_right_and_flipped_ones(reference):
     clean = lab.draw_pairs(0, 4000, "deterministic")
     won = WORLD.rewards[clean.prompt, clean.chosen]
@@ -313,10 +272,13 @@ def test_reward_model_starts_at_log_2_and_learns_eq2(model, ref):
     expect(loss, [math.log(2)], "Eq. 2 where both rewards are 0", 1e-6)
     drawn = WORLD.draw_pairs(ref, 10_000, seeded(0))
     rewards = rlhf.train_reward_model(model, drawn, epochs=1)
-    mean = (ref.exp() * rewards).sum(-1)
-    expect(mean, [0.0, 0.0], "section 3: E_ref[r_phi] is 0 for each prompt")
-    found = rlhf.agreement(rewards, ref)
-    assert found["pair_accuracy"] > 0.65, f"Eq. 2 has learnt to rank the wrong way round? {found}"
+    expect((ref.exp() * rewards).sum(-1), [0.0, 0.0], "E_ref[r_phi], section 3")
+    fresh = WORLD.draw_pairs(ref, 10_000, torch.Generator().manual_seed(1))
+    learned = lab.of_pairs(rewards, fresh)
+    true = lab.of_pairs(WORLD.rewards, fresh)
+    product = (learned[0] - learned[1]) * (true[0] - true[1])
+    right = (product > 0).sum() / (product != 0).sum()
+    assert right > 0.65, f"Eq. 2 ranks {right:.0%} of the pairs as r* does: the wrong way round?"
 
 
 # rlhf.py: PPO
@@ -352,9 +314,9 @@ def test_ppo_loss_counts_what_the_mask_counts(model):
     model.zero_grad()
 
 
-def test_place_of_finds_every_response():
-    places = rlhf.place_of(rlhf.RESPONSES)
-    assert places.tolist() == list(range(len(WORLD.responses))), "tokens -> place in the listing"
+def test_number_of_finds_every_response():
+    numbers = rlhf.number_of(rlhf.RESPONSES)
+    assert numbers.tolist() == list(range(len(WORLD.responses))), "tokens -> index of the response"
 
 
 def test_gae_by_hand():
@@ -498,32 +460,28 @@ def test_best_of_n_is_the_law_of_the_best_of_n_draws(n):
     expect(got.exp(), law, f"Best-of-{n}: F^n - F(r-)^n")
 
 
-def test_closed_forms_of_preferred_ft_and_unlikelihood():
-    """The minimum of the population loss, found by descent, and its threshold."""
-    probs = doubles([0.1, 0.4, 0.3, 0.2])
-    rewards = doubles([1.0, -0.5, 0.3, 0.0])
-    ref = probs.log()
-    wins = (rewards[:, None] - rewards).sigmoid()  # (1)
-    drawn = 2 * probs[:, None] * probs  # y with y', in either order
-    won = (drawn * wins).sum(1)
-    lost = (drawn * wins).sum(0)
-    _, threshold = frontier.unlikelihood_optimum(ref, rewards, "hard")
-    expect(threshold, (won / lost).min(), "alpha up to which unlikelihood has a minimum", 1e-12)
-    for alpha in (0.0, threshold / 2):
-
-        def population_loss(policy):
-            return (alpha * lost * policy - won * policy).sum()
-
-        got, _ = frontier.unlikelihood_optimum(ref, rewards, "hard", alpha)
-        found = descend(population_loss, start=ref)
-        expect(got, found, f"unlikelihood, alpha {alpha:.3f}: closed form (got), by descent", 1e-7)
+@pytest.mark.parametrize("labels", ["hard", "deterministic"])
+def test_preferred_ft_minimises_the_loss_of_infinitely_many_pairs(labels):
+    """-log pi(chosen), averaged over all pairs one by one; the minimum is found by descent."""
+    probs = [0.1, 0.4, 0.3, 0.2]
+    rewards = [1.0, -0.5, 0.3, 0.3]  # the last two are equal
+    won = torch.zeros(4, dtype=torch.float64)  # how often each response is the chosen one
+    for y, z in itertools.product(range(4), range(4)):
+        p = 1 / (1 + math.exp(rewards[z] - rewards[y]))  # (1)
+        if labels == "deterministic" and rewards[y] != rewards[z]:
+            p = float(rewards[y] > rewards[z])
+        won[y] += probs[y] * probs[z] * p
+        won[z] += probs[y] * probs[z] * (1 - p)
+    ref = torch.tensor(probs, dtype=torch.float64).log()
+    found = descend(lambda logps: -(won * logps).sum(), ref)
+    got = frontier.preferred_ft(ref, torch.tensor(rewards).double(), labels)
+    expect(got, found, "Preferred-FT: 2 pi_ref(y) s(y)", 1e-7)
 
 
 def test_preferred_ft_with_deterministic_labels_is_best_of_2(ref):
     rewards = WORLD.rewards[0]
-    preferred, _ = frontier.unlikelihood_optimum(ref[0], rewards, "deterministic")
-    best_of_2 = frontier.best_of_n(ref[0], rewards, 2)
-    expect(preferred, best_of_2, "Preferred-FT, 2 pi_ref s (got), is Best-of-2", 1e-9)
+    preferred = frontier.preferred_ft(ref[0], rewards, "deterministic")
+    expect(preferred, frontier.best_of_n(ref[0], rewards, 2), "2 pi_ref s = best of 2", 1e-9)
 
 
 def test_nothing_lies_above_the_exact_curve_and_the_check_can_fail(ref):
@@ -537,7 +495,7 @@ def test_nothing_lies_above_the_exact_curve_and_the_check_can_fail(ref):
     policies = (optimum_of_eq4(ref, 0.5) + 0.5 * noise).log_softmax(-1)
     for policy in (ref, *policies):
         assert height(policy) <= 1e-9, "Eq. 14: no policy lies above the curve"
-    beta = frontier.SWEEP[150]
+    beta = frontier.CURVE_BETAS[150]
     on_the_curve = optimum_of_eq4(ref, beta)
     assert abs(height(on_the_curve)) < 1e-9, "pi* of Eq. 4 lies on the curve"
     above = height(on_the_curve, more=0.01)
@@ -550,6 +508,43 @@ def test_reached_tosses_coins_between_policies():
     assert frontier.reached(points, 0.5) == 1.0, "half of SFT, half of (1, 2)"
     assert frontier.reached(points, 2.0) == 2.5, "half of (1, 2), half of (3, 3)"
     assert frontier.reached(points, 9.0) == 3.0
+
+
+def test_a_run_is_looked_at_more_often_in_its_first_steps(sft, monkeypatch):
+    """Of 128 steps those at 128, 90.5, 64, 45.3, 32 ... 2, 1.4, each rounded."""
+    _, ref = sft
+    monkeypatch.setattr(lab, "reference", lambda seed: sft)
+    better, _ = dpo.optimal_policy(ref, WORLD.rewards, 1.0)
+    run = [("anything", ref)] * 128 + [("anything", better)]
+    who = {"seed": 0, "method": "DPO"}
+    rows = frontier.looks_at(run, 128, who)
+    steps = [1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128]
+    assert [row["step"] for row in rows] == steps
+    assert [row["kl"] for row in rows[:-1]] == [0.0] * 13, "the reference itself"
+    gained = ((better.exp() - ref.exp()) * WORLD.rewards).sum(-1).mean()
+    got = rows[-1]["expected_reward"] - rows[0]["expected_reward"]
+    expect(got, gained, "E[r*] of the last policy minus that of the reference", 1e-9)
+    monkeypatch.setattr(frontier, "height", lambda *_: 0.01)
+    with pytest.raises(AssertionError, match="above the exact curve"):
+        frontier.looks_at(run, 128, who)
+
+
+def test_ppo_gt_sees_the_true_reward_and_ppo_the_learned_one(sft, monkeypatch):
+    given = []
+
+    def ppo(sft, rewards, seed, target_kl, samples):
+        given.append((rewards, target_kl))
+        yield 0, lab.listed(sft).detach()
+
+    learned = torch.zeros_like(WORLD.rewards)
+    monkeypatch.setattr(lab, "reference", lambda seed: sft)
+    monkeypatch.setattr(rlhf, "ppo", ppo)
+    monkeypatch.setattr(rlhf, "train_reward_model", lambda *_: learned)
+    monkeypatch.setattr(frontier, "TARGET_KLS", [2.0])
+    frontier.ppo_rows(0, "any", 512, 1)
+    frontier.ppo_rows(0, "hard", 512, 1)
+    assert given[0][0] is WORLD.rewards and given[1][0] is learned
+    assert [target for _, target in given] == [2.0, 2.0]
 
 
 # course.py

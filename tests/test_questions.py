@@ -14,7 +14,7 @@ from experiments import lab, rlhf
 from experiments.lab import WORLD
 from experiments.questions import __main__ as runner
 from experiments.questions import coverage, displacement, kl_penalty, over_optimisation
-from experiments.questions import overfitting, sft_first, stuck
+from experiments.questions import overfitting, ppo, sft_first, stuck, tuning
 from tests.helpers import expect
 
 NAMES = runner.names()
@@ -24,6 +24,8 @@ OTHERWISE = {  # what would have to be measured for the other answer
     "overfitting": lambda row: {"held_out_accuracy": row["own_accuracy"]},
     "kl_penalty": lambda row: {"kl": row.get("beta", 1)},
     "over_optimisation": lambda row: {"expected_reward": row["kl"]},
+    "ppo": lambda row: {"expected_reward": float(row["method"] == "DPO")},
+    "tuning": lambda row: {"gap_closed": 1.0 if row["method"] == "DPO" else row["lr"]},
 }
 
 
@@ -326,3 +328,69 @@ def test_the_accuracy_of_a_policy_against_its_reference():
     chosen = torch.tensor([3, 4, 5])
     pairs = data.Drawn(torch.zeros(3, dtype=torch.long), chosen, torch.tensor([4, 3, 6]))
     assert sft_first.accuracy(log_ratios, pairs) == 0.5
+
+
+def test_a_clear_difference_is_more_than_two_standard_errors():
+    """Of five differences the standard error is their sd over the root of 5: here 0.5."""
+    sd = 0.5 * 5**0.5
+    shape = torch.tensor([-1.0, -1.0, 0.0, 1.0, 1.0]) * sd  # its own sd, too, is sd
+    assert lab.is_clear((shape + 1.01).tolist()) and lab.is_clear((shape - 1.01).tolist())
+    assert not lab.is_clear((shape + 0.99).tolist())
+    assert not lab.is_clear((shape - 0.99).tolist())
+
+
+def test_dpo_and_ppo_are_compared_seed_by_seed():
+    """Seed 1 has more reward than seed 0, whoever trains. DPO is ahead by 0.2 with hard labels, and
+    PPO with deterministic ones, except that neither is up to a KL of 1 nat. All from SFT at 0."""
+    rows = []
+    for seed in (0, 1):
+        row = {"seed": seed, "method": "SFT", "labels": "any"}
+        rows.append(row | {"kl": 0.0, "expected_reward": 0.0})
+        for method, labels, kl, reward in [
+            ("DPO", "hard", 1.0, 2.2),
+            ("PPO", "hard", 1.0, 2.0),
+            ("DPO", "deterministic", 1.0, 2.0),
+            ("PPO", "deterministic", 1.0, 2.0),
+            ("PPO", "deterministic", 2.0, 2.2),
+        ]:
+            row = {"seed": seed, "method": method, "labels": labels, "last": 800}
+            rows.append(row | {"kl": kl, "expected_reward": reward + seed})
+    found = ppo.comparisons(rows)
+    ahead = [case["ahead"] for case in found]
+    assert ahead[:4] == ["DPO"] * 4, "hard labels: half of 0.2 at a KL of 0.5, then 0.2"
+    assert ahead[4:] == ["neither", "neither", "PPO", "PPO"], "deterministic labels"
+    expect(found[0]["DPO"], [1.1, 1.6], "a coin between SFT and the policy at a KL of 1", 1e-9)
+    expect(found[3]["differences"], [0.2, 0.2], "differences are taken within a seed", 1e-9)
+    assert ppo.verdict(rows).startswith("Yes."), "DPO is ahead in four comparisons, PPO in two"
+    fewer = [row for row in rows if row["labels"] != "hard" or row["method"] != "DPO"]
+    less = {"seed": 0, "method": "DPO", "labels": "hard", "last": 800}
+    worse = [less | {"seed": seed, "kl": 1.0, "expected_reward": 1.5 + seed} for seed in (0, 1)]
+    assert ppo.verdict(fewer + worse).startswith("No."), "now PPO is ahead in six"
+
+
+def test_no_measured_policy_lies_above_the_curve():
+    """Under each tangent of the curve of Eq. 4, of slope beta; Best-of-N within its bound on KL."""
+    if not (lab.ASSETS / "ppo.csv").exists():
+        return
+    rows = lab.saved("ppo")
+    for seed in lab.values(rows, "seed"):
+        curve = lab.where(rows, seed=seed, method="Eq. 4")
+        for row in lab.where(rows, seed=seed):
+            for there in curve:
+                tangent = there["expected_reward"] + there["setting"] * (row["kl"] - there["kl"])
+                assert row["expected_reward"] <= tangent + 1e-3, row  # the file has six digits
+    for row in lab.where(rows, method="Best-of-N"):
+        n = row["setting"]
+        assert row["kl"] <= math.log(n) - (n - 1) / n + 1e-6, row
+
+
+def test_settings_near_the_best_are_counted_at_each_beta():
+    """Gains of 0.5, 0.91, 1.0 and, at another beta, 0.10, 0.17, 0.20: within a tenth of the best are
+    two, then one."""
+    gains = {0.5: [0.5, 0.91, 1.0], 2.0: [0.10, 0.17, 0.20]}
+    rows = []
+    for beta, column in gains.items():
+        for gain in column:
+            rows.append({"seed": 0, "method": "DPO", "beta": beta, "gap_closed": gain})
+    assert tuning.BETAS == list(gains)
+    assert tuning.near_the_best(rows, "DPO") == [{"seed": 0, "fraction": 0.5}]
