@@ -510,10 +510,8 @@ def test_reached_tosses_coins_between_policies():
     assert frontier.reached(points, 9.0) == 3.0
 
 
-def test_a_run_is_looked_at_more_often_in_its_first_steps(sft, monkeypatch):
+def test_a_run_is_looked_at_more_often_in_its_first_steps(ref, reference, monkeypatch):
     """Of 128 steps those at 128, 90.5, 64, 45.3, 32 ... 2, 1.4, each rounded."""
-    _, ref = sft
-    monkeypatch.setattr(lab, "reference", lambda seed: sft)
     better, _ = dpo.optimal_policy(ref, WORLD.rewards, 1.0)
     run = [("anything", ref)] * 128 + [("anything", better)]
     who = {"seed": 0, "method": "DPO"}
@@ -529,7 +527,7 @@ def test_a_run_is_looked_at_more_often_in_its_first_steps(sft, monkeypatch):
         frontier.looks_at(run, 128, who)
 
 
-def test_ppo_gt_sees_the_true_reward_and_ppo_the_learned_one(sft, monkeypatch):
+def test_ppo_gt_sees_the_true_reward_and_ppo_the_learned_one(reference, monkeypatch):
     given = []
 
     def ppo(sft, rewards, seed, target_kl, samples):
@@ -537,7 +535,6 @@ def test_ppo_gt_sees_the_true_reward_and_ppo_the_learned_one(sft, monkeypatch):
         yield 0, lab.listed(sft).detach()
 
     learned = torch.zeros_like(WORLD.rewards)
-    monkeypatch.setattr(lab, "reference", lambda seed: sft)
     monkeypatch.setattr(rlhf, "ppo", ppo)
     monkeypatch.setattr(rlhf, "train_reward_model", lambda *_: learned)
     monkeypatch.setattr(frontier, "TARGET_KLS", [2.0])
