@@ -6,13 +6,17 @@ B pairs, R rows, T positions; in the toy world P prompts, W words, Y responses t
     python data.py pairs.jsonl    prints the tokens of the first pair, the scored ones in brackets
 """
 
+import codecs
+import io
 import itertools
 import json
 import math
 import re
 import sys
+import unicodedata
 import warnings
 from os.path import commonprefix
+from pathlib import Path
 from typing import NamedTuple
 
 import tiktoken
@@ -22,6 +26,7 @@ import dpo
 
 END = "<|endoftext|>"  # the end token, which every tokenizer here has
 ROLES = {"system": "\n\nSystem:", "user": "\n\nHuman:", "assistant": "\n\nAssistant:"}
+TURNS = tuple(ROLES.values())  # how a turn begins
 
 
 class InputError(ValueError):
@@ -40,36 +45,57 @@ class Pair(NamedTuple):
 
 
 def load_pairs(path):
-    """A file of JSON lines -> list of Pair.
+    """A file of JSON lines, or of one JSON array -> list of Pair.
 
-    A line is a JSON object with `prompt`, `chosen` and `rejected`, or without `prompt` if the other
-    two are whole dialogues. Each is a string, or a list of messages with `role` and `content`.
+    A line is a JSON object with `prompt`, `chosen` and `rejected`. Each is a string, or a list of
+    messages with `role` and `content`. Whole dialogues, which begin with the user's or the system's
+    turn, need no `prompt`. If there is one, its turns must occur in what the two dialogues share.
+
     Lines without two different responses to one prompt are dropped. One warning counts them,
-    further warnings count pairs that look odd. InputError if a line is not JSON or no pair is left,
-    OSError if there is no file.
+    further warnings name other fields and count pairs that look odd. InputError if a line is not
+    JSON or no pair is left, OSError if there is no file.
     """
     pairs = []
     dropped = []
-    with open(path, "rb") as file:  # as bytes, so that bad UTF-8 is reported with its line
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                why = f"not a line of JSON ({error}); save it as UTF-8, one object per line"
-                raise InputError(f"{path}:{number}: {why}") from None
-            try:
-                pairs.append(to_pair(record))
-            except InputError as reason:  # this line is skipped, other lines may be fine
-                dropped.append(f"line {number}: {reason}")
+    fields = {}  # of all lines, in order of first appearance
+    for place, record in read_records(path):
+        try:
+            pairs.append(to_pair(record))
+        except InputError as reason:  # this line is skipped, other lines may be fine
+            dropped.append(f"{place}: {reason}")
+        else:
+            fields |= record
     if not pairs:
         reason = dropped[0] if dropped else "the file is empty"
         raise InputError(f"{path}: no line has two different responses to one prompt; {reason}")
     if dropped:
         warnings.warn(f"{path}: lines dropped: {len(dropped)}; the first is {dropped[0]}")
+    not_read = [field for field in fields if field not in Pair._fields]
+    if not_read:
+        warnings.warn(f"{path}: fields that are not read: {not_read!r:.200}")
     warn_of_odd_pairs(path, pairs)
     return pairs
+
+
+def read_records(path):
+    """Yields ("line 7", what JSON says there), or ("item 7", ...) of an array."""
+    content = Path(path).read_bytes()  # as bytes, so that bad UTF-8 is reported with its line
+    if content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        items = parse_json(content, path, 1)
+        for number, item in enumerate(items, start=1):
+            yield f"item {number}", item
+        return
+    for number, line in enumerate(io.BytesIO(content), start=1):
+        if line.strip():
+            yield f"line {number}", parse_json(line, path, number)
+
+
+def parse_json(content, path, number):
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        why = f"not a line of JSON ({error}); save it as UTF-8, one object per line"
+        raise InputError(f"{path}:{number}: {why}") from None
 
 
 def to_pair(record):
@@ -82,13 +108,21 @@ def to_pair(record):
     for part in (prompt, chosen, rejected):
         if not isinstance(part, (str, list)):
             raise InputError(f"{part!r:.40} is neither a text nor a list of messages")
-    if isinstance(prompt, list) or isinstance(chosen, list) or isinstance(rejected, list):
-        chosen, rejected = whole_dialogues(prompt, chosen, rejected)
-        prompt = ""
-    if prompt:
+    in_messages = isinstance(prompt, list) or isinstance(chosen, list) or isinstance(rejected, list)
+    if in_messages:
+        prompt = as_dialogue(prompt, "user")
+        chosen = as_dialogue(chosen, "assistant")
+        rejected = as_dialogue(rejected, "assistant")
+    whole = [is_whole(chosen), is_whole(rejected)]
+    if any(whole):
+        if not all(whole):
+            raise InputError("only one of its two responses is a whole dialogue")
+        pair = split_dialogues(chosen, rejected)
+        check_prompt(prompt, pair)
+    elif prompt and not in_messages:
         pair = Pair(prompt, chosen, rejected)
     else:
-        pair = split_dialogues(chosen, rejected)
+        pair = split_dialogues(prompt + chosen, prompt + rejected)
     for name, text in pair._asdict().items():
         if not text.strip():
             raise InputError(f"its {name} is empty; its fields are {list(record)}")
@@ -97,22 +131,15 @@ def to_pair(record):
     return pair
 
 
-def whole_dialogues(prompt, chosen, rejected):
-    """Strings and lists of messages -> two whole dialogues as strings, both with the prompt."""
-    prompt = as_dialogue(prompt, "user")
-    chosen = as_dialogue(chosen, "assistant")
-    rejected = as_dialogue(rejected, "assistant")
-    if prompt in chosen and prompt in rejected:  # they repeat it
-        return chosen, rejected
-    return prompt + chosen, prompt + rejected
-
-
 def as_dialogue(messages, author):
-    """Messages, or a string by `author`, as one string in the form of Anthropic's HH dialogues."""
-    if messages == "":
-        return ""
+    """Messages, or a text by `author`, as one text in the form of Anthropic's HH dialogues."""
     if isinstance(messages, str):
-        messages = [{"role": author, "content": messages}]
+        text = messages.replace("\r\n", "\n")
+        if text.startswith(TURNS):  # it has that form already; the last turn may have no content
+            return re.sub("\n\nAssistant:\\s*$", "", text)
+        if not text:
+            return ""
+        messages = [{"role": author, "content": text}]
     dialogue = ""
     for message in messages:
         if not isinstance(message, dict):
@@ -122,9 +149,15 @@ def as_dialogue(messages, author):
         if role not in list(ROLES):
             raise InputError(f"a message has the role {role!r}, not {', '.join(ROLES)}")
         if not isinstance(content, str):
-            raise InputError("the content of a message is not a text")
+            raise InputError(f"the content of a message is {content!r:.40}, not a text")
         dialogue += f"{ROLES[role]} {content}"
     return dialogue
+
+
+def is_whole(dialogue):
+    """Does it begin with a turn of the user or of the system?"""
+    text = dialogue.replace("\r\n", "\n")
+    return text.startswith((ROLES["user"], ROLES["system"]))
 
 
 def split_dialogues(chosen, rejected):
@@ -136,17 +169,54 @@ def split_dialogues(chosen, rejected):
     prompt = before + assistant  # empty if there is no "Assistant:"
     chosen = chosen.removeprefix(prompt)
     rejected = rejected.removeprefix(prompt)
-    another_turn = "\n\n(Human|Assistant):"
-    if re.search(another_turn, chosen) or re.search(another_turn, rejected):
-        raise InputError("its two dialogues differ in more than their last response")
+    for turn in TURNS:
+        if turn in chosen or turn in rejected:
+            raise InputError("its two dialogues differ in more than their last response")
     return Pair(prompt, chosen, rejected)
 
 
+def check_prompt(prompt, pair):
+    """InputError unless the turns of the prompt occur, in order, in the prompt of the pair.
+
+    A system turn may be in one of them only. The pair is trained on as its dialogues have it.
+    """
+    missing = turns_of(as_dialogue(prompt, "user"))
+    for turn in turns_of(pair.prompt):
+        if missing and turn == missing[0]:
+            missing = missing[1:]
+    if missing:
+        raise InputError("its prompt is not in the turns that its two dialogues share")
+
+
+def turns_of(dialogue):
+    """Its turns as (role, comparable content), without the system's and those without content."""
+    any_role = "|".join(TURNS)
+    pieces = re.split(f"({any_role})", dialogue)  # text before the first turn, role, content, ...
+    turns = []
+    for role, content in zip(pieces[1::2], pieces[2::2]):
+        if role != ROLES["system"] and content.strip():
+            turns.append((role, comparable(content)))
+    return turns
+
+
+def comparable(text):
+    """The text without white space, case, and the choice between two encodings of an accent."""
+    return unicodedata.normalize("NFC", "".join(text.split()).casefold())
+
+
 def warn_of_odd_pairs(path, pairs):
-    repeated_pairs = len(pairs) - len(set(pairs))
+    repeated_pairs = 0
+    reversed_pairs = 0
     repeated_prompts = 0
     end_tokens = 0
+    earlier = set()
     for pair in pairs:
+        in_the_other_order = Pair(pair.prompt, pair.rejected, pair.chosen)
+        if pair in earlier:
+            repeated_pairs += 1
+        elif in_the_other_order in earlier:
+            reversed_pairs += 1
+        earlier.add(pair)
         for response in (pair.chosen, pair.rejected):
             if response.startswith(pair.prompt):
                 repeated_prompts += 1
@@ -154,6 +224,8 @@ def warn_of_odd_pairs(path, pairs):
                 end_tokens += 1
     if repeated_pairs:
         warnings.warn(f"{path}: pairs that repeat an earlier pair: {repeated_pairs}")
+    if reversed_pairs:
+        warnings.warn(f"{path}: pairs that contradict an earlier pair: {reversed_pairs}")
     if repeated_prompts:
         warnings.warn(f"{path}: responses that repeat their prompt: {repeated_prompts}")
     if end_tokens:
@@ -184,6 +256,50 @@ def get_tokenizer(name):
             f"({type(error).__name__}); without a network use bytes, or point "
             f"TIKTOKEN_CACHE_DIR to a folder that holds its files"
         ) from None
+
+
+# GPT-2's files spell each byte as one visible character. Those that are none follow at 256.
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # ! to ~, ¡ to ¬, ® to ÿ
+HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
+SPELLING = {byte: chr(256 + i) for i, byte in enumerate(HIDDEN)}  # the space is "Ġ"
+
+
+def check_tokenizer(folder, config, tokenizer):
+    """InputError if a folder in Hugging Face's format was made for another tokenizer.
+
+    Its vocab.json or tokenizer.json, if there is one, must give every id the same bytes, and its
+    config the same end token. An end token outside the vocabulary counts as none.
+    """
+    another = f"{folder} was trained with another tokenizer than {tokenizer.name}"
+    for token, text in read_vocabulary(Path(folder)).items():
+        if token not in range(config.vocab_size):
+            continue  # no text is ever encoded as this token
+        try:
+            token_bytes = tokenizer.decode_single_token_bytes(token)
+            expected = token_bytes.decode("latin-1").translate(SPELLING)
+        except KeyError:
+            expected = None  # the tokenizer has no such id
+        if text != expected:
+            raise InputError(f"{another}: its token {token} is {text!r}, not {expected!r}")
+    end = config.eos_token_id
+    if end in range(config.vocab_size) and end != tokenizer.eot_token:
+        raise InputError(f"{another}: its end token is {end}, not {tokenizer.eot_token}")
+
+
+def read_vocabulary(folder):
+    """{id: text} of the tokenizer in this folder; {} if it has none."""
+    for name in ["vocab.json", "tokenizer.json"]:
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if name == "tokenizer.json":
+                stored = stored["model"]["vocab"]
+            return {int(token): text for text, token in stored.items()}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is not the vocabulary of a GPT-2") from error
+    return {}
 
 
 class TokenPair(NamedTuple):
@@ -229,17 +345,23 @@ def encode_pairs(pairs, tokenizer, block_size):
 
 
 def show(path, name="bytes"):
-    """Print the tokens of a file's first pair, as they are batched, the scored ones in brackets."""
+    """Print the tokens of a file's first pair, as they are batched, the scored ones in brackets.
+
+    Tokens that are parts of one character are shown together, as that character.
+    """
     tokenizer = get_tokenizer(name)
     pairs = load_pairs(path)
     rows = encode_pairs(pairs, tokenizer, block_size=1024)
     ids, mask = collate(rows, [0])
     for i, label in enumerate(["chosen", "rejected"]):
         length = len(rows[0].prompt) + int(mask[i].sum())
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         shown = []
         for token, is_scored in zip(ids[i, :length].tolist(), mask[i].tolist()):
-            text = repr(tokenizer.decode([token]))
-            shown.append(f"[{text}]" if is_scored else text)
+            text = decoder.decode(tokenizer.decode_single_token_bytes(token))
+            if not text:
+                continue  # the character goes on in the next token, and is shown there
+            shown.append(f"[{text!r}]" if is_scored else repr(text))
         padding = len(ids[i]) - length
         print(f"{label}:", *shown, f"and {padding} of padding\n")
 
@@ -250,11 +372,11 @@ def show(path, name="bytes"):
 def split(rows, fraction, generator):
     """TokenPairs -> (to train on, held out). A prompt is on one side only, with all its pairs.
 
-    Prompts that differ only in case or white space count as one. `fraction` of them is held out,
-    rounded up, but at least one is left to train on. Warns if nothing is held out though it should
-    be, and if more is held out than trained on.
+    Prompts that differ only in case, white space or the encoding of accents count as one.
+    `fraction` of them is held out, rounded up, but at least one is left to train on. Warns if
+    nothing is held out though it should be, and if more is held out than trained on.
     """
-    keys = ["".join(row.text.split()).casefold() for row in rows]
+    keys = [comparable(row.text) for row in rows]
     prompts = list(dict.fromkeys(keys))  # each once, in order of first appearance
     n_held_out = min(math.ceil(fraction * len(prompts)), len(prompts) - 1)
     order = torch.randperm(len(prompts), generator=generator).tolist()

@@ -160,9 +160,8 @@ class GPT(nn.Module):
 
         OSError, in one line, if it cannot be read or is not a GPT-2.
         """
-        owner, _, published = str(name).rpartition("/")  # "gpt2" or "openai-community/gpt2"
-        expected_owner = OWNERS.get(published, OPENAI)
-        if published in PUBLISHED and owner in ("", expected_owner):
+        published = published_name(name)
+        if published:
             config, state = read_published(published)
         else:
             config, state = read_folder(Path(name))
@@ -212,12 +211,26 @@ PUBLISHED = {  # n_embd, n_layer, n_head
 }
 # Settings of a config.json that are fixed in the code above
 ARCHITECTURE = {
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "tie_word_embeddings": True,
+    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],  # two names of one function
+    "layer_norm_epsilon": [1e-5],
+    "scale_attn_weights": [True],
+    "scale_attn_by_inverse_layer_idx": [False],
+    "tie_word_embeddings": [True],
 }
+
+
+def published_name(name):
+    """The key in PUBLISHED that "gpt2" or "openai-community/gpt2" means; None for a folder.
+
+    OSError if it is neither.
+    """
+    owner, _, published = str(name).rpartition("/")
+    expected_owner = OWNERS.get(published, OPENAI)
+    if published in PUBLISHED and owner in ("", expected_owner):
+        return published
+    if not Path(name).is_dir():
+        raise OSError(f"{name} is neither a folder nor one of {', '.join(PUBLISHED)}")
+    return None
 
 
 def read_published(name):
@@ -248,9 +261,10 @@ def read_folder(folder):
     sizes = [config.vocab_size, config.n_positions, config.n_embd, config.n_layer, config.n_head]
     if not all(type(size) is int and size > 0 for size in sizes) or config.n_embd % config.n_head:
         raise OSError(f"{path} has sizes that no GPT-2 can have: {config}")
-    for key, value in ARCHITECTURE.items():
-        if given.get(key, value) != value:
-            raise OSError(f"{path}: not GPT-2's architecture: {key} is {given[key]}, not {value}")
+    for key, values in ARCHITECTURE.items():
+        if given.get(key, values[0]) not in values:
+            why = f"{key} is {given[key]}, not {values[0]}"
+            raise OSError(f"{path}: not GPT-2's architecture: {why}")
     safetensors = folder / "model.safetensors"
     if not safetensors.is_file():
         return config, load(folder / "pytorch_model.bin")
@@ -275,7 +289,14 @@ def transposed(state):
 
 def save(state, path):
     """Written under another name, then renamed, so that a crash never leaves half a file."""
-    torch.save(state, f"{path}.tmp")
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        disk_error = error.__context__  # which torch hides, such as "No space left on device"
+        if isinstance(disk_error, OSError):
+            raise OSError(f"{path} cannot be written: {disk_error}") from error
+        raise
     os.replace(f"{path}.tmp", path)
 
 

@@ -181,6 +181,17 @@ def test_eq3_objective_of_a_coin():
     expect(got, -math.log(0.6), "the KL of Eq. 3: 0 log 0 is 0, not NaN")
 
 
+@pytest.mark.parametrize("never", [-math.inf, -1000.0])
+def test_eq3_gradient_of_the_kl_where_a_probability_is_0(never):
+    """d KL / d log pi(y) is pi(y) (log pi(y) - log pi_ref(y) + 1), so it is 0 there."""
+    policy = torch.tensor([math.log(0.9), math.log(0.1), never], dtype=f64, requires_grad=True)
+    ref = torch.tensor([0.5, 0.3, 0.2], dtype=f64).log()
+    dpo.kl_divergence(policy, ref).backward()
+    by_hand = [0.9 * (math.log(0.9 / 0.5) + 1), 0.1 * (math.log(0.1 / 0.3) + 1), 0.0]
+    why = "the gradient of Eq. 3's KL is finite: a response of probability 0 adds 0, not NaN"
+    expect(policy.grad, by_hand, why)
+
+
 def test_section3_objective_is_the_expected_ppo_reward():
     """At the end of section 3, PPO maximises the mean of r - beta (log pi - log pi_ref)."""
     for policy in POLICIES:

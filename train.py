@@ -9,6 +9,7 @@ Shapes: n pairs in all, B per step and process, b per micro-batch. Log-probs are
 """
 
 import argparse
+import contextlib
 import inspect
 import json
 import math
@@ -26,7 +27,7 @@ from torch import distributed
 
 import data
 import dpo
-from model import GPT, GPTConfig, load, save, save_json, save_text
+from model import GPT, GPTConfig, load, published_name, save, save_json, save_text
 
 DEFAULTS = {  # flag: (in the toy world, with --data)
     "data": (None, None),
@@ -80,10 +81,20 @@ else:
     PROCESSES = 1
 
 
+@contextlib.contextmanager
+def threads_restored():
+    """The toy world uses one thread. Afterwards torch uses as many as before, whatever happened."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@threads_restored()
 def main(argv=None):
     """Train according to the flags. Returns what summary.json holds."""
     start = time.perf_counter()
-    threads = torch.get_num_threads()  # the toy world changes it; restored at the end
     args = parse_args(argv)
     out = Path(args.out)
     # A run is resumed from config.json, reference/, checkpoint.pt if there is one, and its pairs,
@@ -116,11 +127,14 @@ def main(argv=None):
     if PROCESSES > 1:
         net = torch.nn.parallel.DistributedDataParallel(model)
     # Only now may the folder change: creating DDP waits until every process has looked at it.
-    prepare_folder(args, resuming)
+    prepare_folder(args, resuming, sft_rows)
 
     # 2. SFT: maximise log pi(y|x) of the corpus or, with --data, of the chosen responses
 
-    if not resuming:
+    if resuming:
+        history = sft_metrics(out)
+    else:
+        history = []
         optimizer = make_optimizer(model, args)
         steps, batches = plan(sft_rows, args.sft_epochs, args)
         printed = evenly(steps, 10)
@@ -138,9 +152,11 @@ def main(argv=None):
             metrics = means({"loss": loss, "grad_norm": grad_norm})
             stop_unless_finite(metrics, f"SFT step {step}")
             optimizer.step()
+            history.append({"sft_step": step, "sft_loss": metrics["loss"]})
             line = f"SFT {step}/{steps}  loss {metrics['loss']:.3f} nats"
             progress(line, keep=step in printed)
         if RANK == 0:
+            write_metrics(history, out)
             model.save_pretrained(out / "reference")
 
     # 3. The reference: the model as it is now, just trained or loaded. It never changes, so all
@@ -167,7 +183,7 @@ def main(argv=None):
     optimizer = make_optimizer(model, args)
     steps, batches = plan(rows, args.epochs, args)
     evaluated = evenly(steps, args.evaluations)
-    history = [{"step": 0} | results["reference"]]
+    history.append({"step": 0} | results["reference"])
     checksum = checksum_of(rows)  # to notice other pairs when the run is resumed
     done = 0
     if resuming and (out / "checkpoint.pt").exists():
@@ -227,7 +243,7 @@ def main(argv=None):
         print_likeliest(world, tables)
     print_results(results)
     summary = {
-        "config": vars(args),
+        "config": vars(args) | {"beta": beta},  # the loss's own if --beta was not given
         "seconds": round(time.perf_counter() - start, 1),
         "gap_closed": results["policy"].get("gap_closed"),
         "rows": results,
@@ -241,7 +257,6 @@ def main(argv=None):
         print(f'sample from both: python -m experiments.sample {out} "a prompt"')
     if PROCESSES > 1:
         distributed.destroy_process_group()
-    torch.set_num_threads(threads)
     return summary
 
 
@@ -407,7 +422,7 @@ def load_rows(args, tokenizer, n_positions):
 def build_model(args, tokenizer, resuming=False):
     """The run's reference if it is resumed, else the GPT that --init names, else a new one.
 
-    InputError if its vocabulary does not match the tokenizer's.
+    InputError if it was made for another tokenizer.
     """
     torch.manual_seed(args.seed)
     if resuming:
@@ -429,6 +444,8 @@ def build_model(args, tokenizer, resuming=False):
     if model.config.vocab_size != tokenizer.n_vocab:
         sizes = f"{model.config.vocab_size} tokens, but the tokenizer has {tokenizer.n_vocab}"
         raise data.InputError(f"{source} has a vocabulary of {sizes}")
+    if args.init and not resuming:
+        data.check_tokenizer(args.init, model.config, tokenizer)
     model.config.eos_token_id = tokenizer.eot_token  # saved, so that sampling knows where to stop
     return model
 
@@ -450,8 +467,9 @@ def load_loss(args):
 def choose_beta(args, loss_function):
     """--beta, or else the loss's own default, or else the paper's 0.1."""
     parameter = inspect.signature(loss_function).parameters.get("beta")
-    was_given = args.beta not in DEFAULTS["beta"]  # it is neither of the two defaults
-    if parameter is None and was_given:
+    toy, real = DEFAULTS["beta"]
+    default = real if args.data else toy
+    if parameter is None and args.beta != default:
         warnings.warn(f"--loss {args.loss} takes no beta: --beta only scales the logged rewards")
     if args.beta is not None:
         return args.beta
@@ -548,6 +566,8 @@ def parse_args(argv=None):
         report_changes(changed, args, parser)
     if args.tokenizer is None:
         args.tokenizer = "gpt2" if args.init else "bytes"
+    if args.n_embd % args.n_head != 0:
+        parser.error(f"--n-embd {args.n_embd} is not a multiple of --n-head {args.n_head}")
     return args
 
 
@@ -603,7 +623,7 @@ def can_resume(out):
 def check_folder(args):
     """InputError if a new run would overwrite a run on pairs, or what train.py has not written."""
     out = Path(args.out)
-    if args.init and Path(args.init).exists():
+    if args.init and published_name(args.init) is None:  # a folder
         if Path(args.init).resolve().is_relative_to(out.resolve()):
             raise data.InputError(f"--out {out} holds --init {args.init}: choose another --out")
     run = read_config(out)
@@ -616,7 +636,7 @@ def check_folder(args):
                 raise data.InputError(f"{out / name} {why}: choose another --out")
 
 
-def prepare_folder(args, resuming):
+def prepare_folder(args, resuming, rows):
     """Create --out and write the settings. A new run first removes an older one's results."""
     if RANK > 0:
         return
@@ -629,7 +649,10 @@ def prepare_folder(args, resuming):
             (out / name).unlink(missing_ok=True)
     if args.resume and not resuming:
         print(f"nothing to resume: beginning a new run in {out}")
-    save_json(vars(args) | {"made_by": "train.py"}, out / "config.json")
+    # Trained on dialogues, a model wants to be asked in their form: see experiments/sample.py.
+    dialogues = all(row.text.endswith(data.ROLES["assistant"]) for row in rows)
+    settings = vars(args) | {"dialogues": dialogues, "made_by": "train.py"}
+    save_json(settings, out / "config.json")
 
 
 def set_up(args):
@@ -640,16 +663,9 @@ def set_up(args):
             f"WORLD_SIZE is {launched}, but this is not torchrun: launch several processes with "
             f"torchrun --nproc_per_node={launched} train.py ..."
         )
-    if args.device != "auto":
-        device = torch.device(args.device)
-    elif torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator()
-    else:
-        device = torch.device("cpu")
+    device = choose_device(args)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-    if device.type == "cuda" and PROCESSES > 1:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if PROCESSES > 1:
         distributed.init_process_group()
     if RANK > 0:  # one process speaks for all
@@ -659,6 +675,25 @@ def set_up(args):
     if not args.data:
         torch.set_num_threads(1)  # more threads gain little, and wait while the machine is busy
     print(*[f"{name}={value}" for name, value in vars(args).items()])
+    return device
+
+
+def choose_device(args):
+    """--device, or the accelerator if there is one. InputError if torch cannot use it here."""
+    try:
+        if args.device != "auto":
+            device = torch.device(args.device)
+        elif torch.accelerator.is_available():
+            device = torch.accelerator.current_accelerator()
+        else:
+            device = torch.device("cpu")
+        if device.type == "cuda" and PROCESSES > 1:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.empty(0, device=device)  # raises if there is no such device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        why = f"cannot be used here: {reason:.100}"
+        raise data.InputError(f"--device {args.device} {why}") from error
     return device
 
 
@@ -681,9 +716,18 @@ def describe_step(metrics):
 
 
 def write_metrics(history, out):
-    """metrics.jsonl: one JSON object per step."""
+    """metrics.jsonl: one JSON object per step, those of SFT first."""
     lines = [json.dumps(line) + "\n" for line in history]
     save_text("".join(lines), out / "metrics.jsonl")
+
+
+def sft_metrics(out):
+    """The lines of SFT in the metrics.jsonl of the run in `out`."""
+    path = out / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if "sft_step" in line]
 
 
 def print_likeliest(world, tables):
@@ -710,28 +754,35 @@ def print_results(results):
 
 
 def plot(history, path):
-    """curves.png: objective or held-out pairs, loss and weight, rewards, log-probs, by step."""
+    """curves.png: a panel for each group of metrics that the history has."""
     panels = {
+        "SFT loss, nats": ["sft_loss"],
         "reward, nats": ["expected_reward", "kl", "objective"],
-        "held-out pairs": ["held_out_loss", "held_out_accuracy"],
+        "gap closed": ["gap_closed"],
+        "held-out loss, nats": ["held_out_loss"],
+        "held-out accuracy": ["held_out_accuracy"],
         "loss in nats; mean weight": ["loss", "weight"],
         "implicit reward (Eq. 5)": ["chosen_reward", "rejected_reward", "margin"],
         "log-prob of a response, nats": ["chosen_logp", "rejected_logp"],
     }
     logged = set().union(*history)  # the names of all metrics
     shown = [label for label, names in panels.items() if names[0] in logged]
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    axes = figure.subplots(2, 2).flatten()
+    figure = Figure(figsize=(14, 7), layout="constrained")
+    axes = figure.subplots(2, 3).flatten()
     for ax in axes[len(shown) :]:
         ax.remove()
     for ax, label in zip(axes, shown):
+        ax.set(xlabel="DPO step", ylabel=label)
         for name in panels[label]:
             lines = [line for line in history if name in line]
-            steps = [line["step"] for line in lines]
             values = [line[name] for line in lines]
+            if name == "sft_loss":
+                steps = [line["sft_step"] for line in lines]
+                ax.set_xlabel("SFT step")
+            else:
+                steps = [line["step"] for line in lines]
             ax.plot(steps, values, label=name.replace("_", " "))
-        ax.set(xlabel="DPO step", ylabel=label)
-        ax.legend()
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)  # above
     figure.savefig(path, dpi=120)
 
 

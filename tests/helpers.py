@@ -267,13 +267,21 @@ def stop_in_save(number, *flags):
     def half(state, path):
         calls.append(path)
         if len(calls) == number:
-            Path(path).write_bytes(b"half a file")
+            write_half(path)
             raise KeyboardInterrupt
         save(state, path)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(torch, "save", half)
         run(*flags)
+
+
+def write_half(target):
+    """What torch.save leaves if it is stopped. Its target is a path or an open file."""
+    if hasattr(target, "write"):
+        target.write(b"half a file")
+    else:
+        Path(target).write_bytes(b"half a file")
 
 
 def stop_before_rename(name, *flags):
@@ -291,8 +299,18 @@ def stop_before_rename(name, *flags):
 
 
 def lines_of(out):
-    """metrics.jsonl: a dict for each step, that of the reference first."""
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    """metrics.jsonl: a dict for each step of DPO, that of the reference first."""
+    return [line for line in all_lines_of(out) if "step" in line]
+
+
+def sft_lines_of(out):
+    """metrics.jsonl: a dict for each step of SFT."""
+    return [line for line in all_lines_of(out) if "sft_step" in line]
+
+
+def all_lines_of(out):
+    text = (out / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def json_of(path):

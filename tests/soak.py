@@ -25,7 +25,9 @@ import data
 
 FLAGS = "--pairs 20000 --sft-epochs 3 --epochs 4 --save-every 5".split()
 TALK = "\n\nHuman: Hi, é.\n\nAssistant:"
-HI, YES = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}
+HI = {"role": "user", "content": "Hi?"}
+YES = {"role": "assistant", "content": "Yes."}
+BRIEF = {"role": "system", "content": "Be brief."}
 GOOD = [
     {"prompt": "2 + 2 =", "chosen": " 4", "rejected": ' "5"'},
     {"chosen": TALK + " Hello.", "rejected": TALK + " Go \N{WAVING HAND SIGN}\\"},
@@ -35,6 +37,18 @@ GOOD = [
         "rejected": [HI, YES | {"content": "\N{WAVING HAND SIGN}"}],
     },
     {"prompt": [HI], "chosen": [YES], "rejected": [YES | {"content": "No."}]},
+    {
+        "prompt": "\n\nHuman: Hi?\n\nAssistant:",
+        "chosen": [HI, YES],
+        "rejected": [HI, YES | {"content": "No."}],
+    },
+    {"prompt": [BRIEF, HI], "chosen": [HI, YES], "rejected": [HI, YES | {"content": "No."}]},
+    {
+        "prompt": "Hi, é.",
+        "chosen": TALK + " Hello.",
+        "rejected": TALK + " Go.",
+        "system": "Be brief.",
+    },
     {"prompt": "Say\n", "chosen": "é", "rejected": "e", "more": [1.5, None, {"a": True}]},
 ]
 SPARE = [b"\x00", b"\xff", b'"', b"\\", b"\\ud800", b"{", b"]", b"\n", b"\r", b"null", b"1e999"]

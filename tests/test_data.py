@@ -8,6 +8,7 @@ import re
 import runpy
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,7 +93,6 @@ TWICE = ASKED + " Yes." + ASKED
 PAIRS = {  # prompt, if any, chosen and rejected -> the pair
     "three texts": (("Hi", "A", "B"), ("Hi", "A", "B")),
     "texts stay as they are": ((" Hi\r\n", "A\r\n", " B"), (" Hi\r\n", "A\r\n", " B")),
-    "a prompt and dialogues": (("Hi", TALK + " A.", "B"), ("Hi", TALK + " A.", "B")),
     "dialogues": ((TALK + " Yes, A.", TALK + " Yes, B."), (TALK, " Yes, A.", " Yes, B.")),
     "an empty prompt beside them": (("", TALK + " A.", TALK + " B."), (TALK, " A.", " B.")),
     "a null prompt beside them": ((None, TALK + " A.", TALK + " B."), (TALK, " A.", " B.")),
@@ -107,10 +107,62 @@ PAIRS = {  # prompt, if any, chosen and rejected -> the pair
     "only rejected in messages": (("Hi?", "Yes.", [NO]), (ASKED, " Yes.", " No.")),
     "a system message": (([BRIEF, HI], [YES], [NO]), (TOLD, " Yes.", " No.")),
     "and whole dialogues": (("Hi?", [BRIEF, HI, YES], [BRIEF, HI, NO]), (TOLD, " Yes.", " No.")),
-    "it alone is the prompt": (([BRIEF], [HI, YES], [HI, NO]), (TOLD, " Yes.", " No.")),
     "a longer talk": (([HI, YES, HI], [YES], [NO]), (TWICE, " Yes.", " No.")),
-    "turns that go on": (([HI, YES], [HI, YES], [HI, NO]), (TWICE, " Yes.", " No.")),
 }
+
+# Whole dialogues beside a prompt that they hold: it is not put in twice, whatever its spelling.
+# The pair is always (ASKED, " Yes.", " No.").
+SPELLED = {
+    "the same": "Hi?",
+    "a space more": " Hi? ",
+    "a line end more": "Hi?\r\n",
+    "a message": [HI],
+    "a message with a line end": [HI | {"content": "Hi?\n"}],
+    "HH's form": "\n\nHuman: Hi?\n\nAssistant:",
+    "HH's form without an open turn": "\n\nHuman: Hi?",
+    "HH's form, with a space more": "\n\nHuman: Hi?\n\nAssistant: ",
+    "HH's form, line ends of Windows": "\r\n\r\nHuman: Hi?\r\n\r\nAssistant:",
+    "an instruction that they lack": [BRIEF, HI],
+    "an empty instruction": [BRIEF | {"content": ""}, HI],
+    "that alone": [BRIEF],
+}
+IN_MESSAGES = ([HI, YES], [HI, NO])
+IN_TEXTS = (ASKED + " Yes.", ASKED + " No.")
+AGAIN = {"role": "user", "content": "And now?"}
+LONG = ASKED + " Yes.\n\nHuman: And now?\n\nAssistant:"
+COFFEE = {"role": "user", "content": "Caf\u00e9?"}  # the accent is part of the letter
+PAIRS |= {
+    "only their first turn": (
+        ("Hi?", [HI, YES, AGAIN, YES], [HI, YES, AGAIN, NO]),
+        (LONG, " Yes.", " No."),
+    ),
+    "only their last turn": (
+        ("And now?", [HI, YES, AGAIN, YES], [HI, YES, AGAIN, NO]),
+        (LONG, " Yes.", " No."),
+    ),
+    "all their turns": (
+        ([HI, YES, AGAIN], [HI, YES, AGAIN, YES], [HI, YES, AGAIN, NO]),
+        (LONG, " Yes.", " No."),
+    ),
+    "an accent by itself": (
+        ("Cafe\u0301?", [COFFEE, YES], [COFFEE, NO]),
+        ("\n\nHuman: Caf\u00e9?\n\nAssistant:", " Yes.", " No."),
+    ),
+    "an empty instruction in them": (
+        ("Hi?", [BRIEF | {"content": ""}, HI, YES], [BRIEF | {"content": ""}, HI, NO]),
+        ("\n\nSystem: " + ASKED, " Yes.", " No."),
+    ),
+    "HH's form, then messages": ((ASKED, [YES], [NO]), (ASKED, " Yes.", " No.")),
+    "HH's form, then messages and texts": ((ASKED + " ", [YES], "No."), (ASKED, " Yes.", " No.")),
+    "HH's form, then answers in it": (
+        (ASKED, "\n\nAssistant: Yes.", [NO]),
+        (ASKED, " Yes.", " No."),
+    ),
+    "HH's form, then texts": ((ASKED, " Yes.", " No."), (ASKED, " Yes.", " No.")),
+}
+for name, prompt in SPELLED.items():
+    PAIRS[f"in messages, {name}"] = ((prompt, *IN_MESSAGES), (ASKED, " Yes.", " No."))
+    PAIRS[f"in HH's form, {name}"] = ((prompt, *IN_TEXTS), (ASKED, " Yes.", " No."))
 
 NO_FORM = "neither a text nor a list of messages"
 NO_MESSAGE = "role and content"
@@ -118,18 +170,20 @@ NO_TEXT = "content of a message"
 ROLES = "system, user, assistant"
 TWO = "two dialogues"
 SAME = "the same"
+WHOLE = "only one of its two responses is a whole dialogue"
+APART = "prompt is not in the turns"
 NO_PAIRS = {  # prompt, if any, chosen and rejected -> words of the reason why the line is dropped
     "equal texts": (("Hi", "A", "A"), SAME),
     "equal dialogues": ((TALK + " A.", TALK + " A."), SAME),
     "equal messages": (([HI], [YES], [YES]), SAME),
-    "a blank prompt": ((" \n", "A", "B"), "prompt is empty.*'prompt', 'chosen', 'rejected', 'id'"),
+    "a blank prompt": ((" \n", "A", "B"), "prompt is empty.*'prompt', 'chosen', 'rejected'"),
     "a blank response": (
         ("Hi", " \n", "B"),
-        "chosen is empty.*'prompt', 'chosen', 'rejected', 'id'",
+        "chosen is empty.*'prompt', 'chosen', 'rejected'",
     ),
     "an empty response": (("Hi", "A", ""), "rejected is empty"),
     "null": (("Hi", "A", None), "rejected is empty"),
-    "no prompt and no dialogue": (("A", "B"), "prompt is empty.*.'chosen', 'rejected', 'id'"),
+    "no prompt and no dialogue": (("A", "B"), "prompt is empty.*.'chosen', 'rejected'"),
     "a blank last response": ((TALK + " \n", TALK + " No."), "chosen is empty"),
     "a blank message": (([HI], [YES], [NO | {"content": " "}]), "rejected is empty"),
     "no message": (([HI], [YES], []), ""),  # whatever is said
@@ -147,7 +201,23 @@ NO_PAIRS = {  # prompt, if any, chosen and rejected -> words of the reason why t
     "chosen repeats the dialogue": ((ASKED + " A." + ASKED + " B.", ASKED + " C."), TWO),
     "they part early": ((TALK + " A.", "\n\nHuman: Hi.\n\nAssistant: Go away."), TWO),
     "the person answers": (([HI, YES, HI], [HI, NO, HI]), TWO),
-    "only chosen is whole": (([HI], [HI, YES], [NO]), TWO),
+    "only chosen is whole": (([HI], [HI, YES], [NO]), WHOLE),
+    "only rejected is whole": (("Hi?", "Yes.", [HI, NO]), WHOLE),
+    "only chosen is in HH's form": (("Hi?", ASKED + " Yes.", "No."), WHOLE),
+    "only one, and no prompt": (([HI, YES], [NO]), WHOLE),
+    "another question": (("Ho?", *IN_MESSAGES), APART),
+    "another question in messages": (([AGAIN], *IN_MESSAGES), APART),
+    "another question in HH's form": (("\n\nHuman: Ho?\n\nAssistant:", *IN_TEXTS), APART),
+    "only part of the question": (("Hi", *IN_MESSAGES), APART),
+    "a turn more": (([HI, YES, AGAIN], *IN_MESSAGES), APART),
+    "turns that go on": (([HI, YES], *IN_MESSAGES), APART),
+    "another order": (
+        ([AGAIN, YES, HI], [HI, YES, AGAIN, YES], [HI, YES, AGAIN, NO]),
+        APART,
+    ),
+    "the same turn twice": (([HI, HI], *IN_MESSAGES), APART),
+    "said by somebody else": (([HI | {"role": "assistant"}], *IN_MESSAGES), APART),
+    "whole, with an instruction for one": (("Hi?", [BRIEF, HI, YES], [HI, NO]), TWO),
     "an unknown role": (([HI], [YES], [NO | {"role": "tool"}]), f"role 'tool'.*{ROLES}"),
     "a role that is a list": (([HI], [YES], [NO | {"role": ["user"]}]), f"role .*{ROLES}"),
     "no role": (([HI], [YES], [{"content": "No."}]), f"role None.*{ROLES}"),
@@ -159,11 +229,9 @@ NO_PAIRS = {  # prompt, if any, chosen and rejected -> words of the reason why t
 
 
 def as_line(texts):
-    """Two texts are chosen and rejected, three begin with the prompt. And another field."""
+    """Two texts are chosen and rejected, three begin with the prompt."""
     fields = ["prompt", "chosen", "rejected"]
-    line = dict(zip(fields[-len(texts) :], texts))
-    line["id"] = 7
-    return line
+    return dict(zip(fields[-len(texts) :], texts))
 
 
 @pytest.mark.parametrize("case", PAIRS)
@@ -201,7 +269,7 @@ NOTHING = {  # a file -> words that are said of it
     "\n \n": "the file is empty",
     "7": "line 1: .*not a JSON object",
     "null": "line 1: .*not a JSON object",
-    '["prompt"]': "line 1: .*not a JSON object",
+    '["prompt"]': "item 1: .*not a JSON object",
     '{"text": "Hi", "score": 7}': "line 1: .*prompt is empty.*'text', 'score'",
 }
 
@@ -212,6 +280,22 @@ def test_a_file_without_a_pair_says_what_it_has(content, tmp_path):
         load_pairs(write(tmp_path, content))
 
 
+@pytest.mark.parametrize("start", ["", "\ufeff", " \n"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_is_read_like_its_lines(start, indent, tmp_path):
+    """As many data sets are stored. A line that holds a list is no array, but no pair either."""
+    path = tmp_path / "pairs.json"
+    array = json.dumps([GOOD, {"text": "no pair"}, OTHER], indent=indent)
+    path.write_text(start + array, encoding="utf-8")
+    found, warned = with_warnings(load_pairs, path)
+    assert found == [tuple(GOOD.values()), tuple(OTHER.values())]
+    assert len(warned) == 1
+    assert "lines dropped: 1; the first is item 2: its prompt is empty" in warned[0]
+    path.write_text(start + array[:-9], encoding="utf-8")
+    with pytest.raises(InputError, match="pairs.json:1: not a line of JSON"):
+        load_pairs(path)
+
+
 def test_a_byte_order_mark_is_no_error(tmp_path):
     """Windows puts one before UTF-8."""
     path = tmp_path / "pairs.jsonl"
@@ -219,9 +303,29 @@ def test_a_byte_order_mark_is_no_error(tmp_path):
     assert load_pairs(path) == [tuple(GOOD.values())]
 
 
+def test_fields_that_are_not_read_are_named_once(tmp_path):
+    """An instruction in a field of its own changes what the better response is."""
+    first = GOOD | {"system": "Be brief.", "score": 7}
+    second = OTHER | {"history": [], "system": "Be long."}
+    dropped = {"text": "no pair"}
+    found, warned = with_warnings(load_pairs, write(tmp_path, first, dropped, second))
+    assert found == [tuple(GOOD.values()), tuple(OTHER.values())]
+    assert len(warned) == 2
+    assert warned[1].endswith("fields that are not read: ['system', 'score', 'history']")
+
+
+def test_many_fields_are_one_short_line(tmp_path):
+    line = GOOD | {f"field\n{i}": i for i in range(1000)}
+    _, warned = with_warnings(load_pairs, write(tmp_path, line))
+    assert len(warned) == 1
+    assert "\n" not in warned[0]
+    assert len(warned[0]) < 400
+
+
 def test_what_looks_odd_is_counted(tmp_path):
     """Repeated pairs, responses that repeat their prompt or spell an end token; none is changed."""
-    lines = [GOOD, GOOD, GOOD]
+    reversed_pair = GOOD | {"chosen": GOOD["rejected"], "rejected": GOOD["chosen"]}
+    lines = [GOOD, GOOD, GOOD, reversed_pair, reversed_pair]
     lines.append(GOOD | {"chosen": "0" + END})
     lines.append(GOOD | {"chosen": "1<|im_end|>\n"})
     lines.append(GOOD | {"rejected": "2</s>"})
@@ -231,7 +335,8 @@ def test_what_looks_odd_is_counted(tmp_path):
     found, warned = with_warnings(load_pairs, path)
     assert found == [tuple(line.values()) for line in lines]
     assert warned == [
-        f"{path}: pairs that repeat an earlier pair: 2",
+        f"{path}: pairs that repeat an earlier pair: 3",
+        f"{path}: pairs that contradict an earlier pair: 1",
         f"{path}: responses that repeat their prompt: 3",
         f"{path}: end tokens spelled as text: 3",
     ]
@@ -286,6 +391,26 @@ def test_show_by_hand(tmp_path, capsys, monkeypatch):
             runpy.run_path(data.__file__, run_name="__main__")
 
 
+def test_show_puts_bytes_together_to_characters(tmp_path, capsys):
+    """A letter of Hebrew has two bytes, of Thai three, an emoji four."""
+    pair = {"prompt": "\u05d0:", "chosen": "\u0e01\u0e01", "rejected": "\U0001f642!"}
+    data.show(write(tmp_path, pair))
+    chosen, rejected = capsys.readouterr().out.strip().split("\n\n")
+    assert chosen == f"chosen: '\u05d0' ':' ['\u0e01'] ['\u0e01'] ['{END}'] and 0 of padding"
+    assert rejected == f"rejected: '\u05d0' ':' ['\U0001f642'] ['!'] ['{END}'] and 1 of padding"
+
+
+def test_show_where_a_prompt_is_cut_within_a_character(tmp_path, capsys):
+    """Its second byte is shown by itself, and nothing after it is lost."""
+    pair = {"prompt": "\u05d0" + "x" * 1020, "chosen": "ab", "rejected": "c"}
+    with pytest.warns(UserWarning, match="cut"):
+        data.show(write(tmp_path, pair))
+    shown = capsys.readouterr().out.split()
+    assert shown[:3] == ["chosen:", "'\ufffd'", "'x'"]
+    number = shown.count("'x'")
+    assert number == 2 * 1020
+
+
 # Tokens
 
 
@@ -304,6 +429,67 @@ def test_tokenizers(monkeypatch):
     monkeypatch.setattr("tiktoken.get_encoding", lambda name: 1 / 0)
     with pytest.raises(InputError, match="gpt2: .*download failed .ZeroDivisionError.*use bytes"):
         data.get_tokenizer("gpt2")
+
+
+TINY = GPTConfig(vocab_size=257, n_positions=8, n_embd=4, n_layer=1, n_head=1, eos_token_id=256)
+
+
+def spelled(text):
+    """GPT-2's files write a space as \u0120, a line end as \u010a, the byte 0xad as \u0143."""
+    for byte, letter in ((" ", "\u0120"), ("\n", "\u010a"), ("\xad", "\u0143")):
+        text = text.replace(byte, letter)
+    return text
+
+
+def vocabulary(**changed):
+    """{text: id} of the tokenizer "bytes". `changed` gives other texts to some of A to Z."""
+    texts = [chr(byte) for byte in range(33, 127)]
+    texts += [" ", "\n", "\xad", "\xae", "\xff"]
+    ids = {spelled(changed.get(text, text)): ord(text) for text in texts}
+    return ids | {END: 256}
+
+
+def store(folder, name, vocab):
+    if name == "tokenizer.json":
+        vocab = {"version": "1.0", "model": {"type": "BPE", "vocab": vocab}}
+    (folder / name).write_text(json.dumps(vocab), encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
+def test_a_folder_with_the_same_tokenizer(name, tmp_path):
+    """Also if it has ids beyond the model's vocabulary, which no text contains."""
+    store(tmp_path, name, vocabulary() | {"<pad>": 257, "<mask>": -1})
+    data.check_tokenizer(tmp_path, TINY, BYTES)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
+@pytest.mark.parametrize("changed", [{"A": "B", "B": "A"}, {"z": "\u0141"}])
+def test_a_folder_with_another_tokenizer_is_refused(name, changed, tmp_path):
+    """One of the same size, as a GPT-2 of another language may have it."""
+    store(tmp_path, name, vocabulary(**changed))
+    says = " was trained with another tokenizer than bytes: its token .* is .*, not "
+    with pytest.raises(InputError, match=f"^{re.escape(str(tmp_path))}{says}"):
+        data.check_tokenizer(tmp_path, TINY, BYTES)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", ["{", "7", '{"model": {"vocab": [["a", -1.5]]}}', '{"a": "b"}'])
+def test_a_vocabulary_of_another_form_is_refused(name, content, tmp_path):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=f"{name} is not the vocabulary of a GPT-2"):
+        data.check_tokenizer(tmp_path, TINY, BYTES)
+
+
+@pytest.mark.parametrize("end", [256, 257, 50256, -1, None])
+def test_the_same_end_token_or_none(end, tmp_path):
+    data.check_tokenizer(tmp_path, replace(TINY, eos_token_id=end), BYTES)
+
+
+@pytest.mark.parametrize("end", [0, 255])
+def test_another_end_token_is_refused(end, tmp_path):
+    says = f"with another tokenizer than bytes: its end token is {end}, not 256"
+    with pytest.raises(InputError, match=says):
+        data.check_tokenizer(tmp_path, replace(TINY, eos_token_id=end), BYTES)
 
 
 def test_responses_end_in_the_end_token():

