@@ -8,7 +8,7 @@ import torch
 
 import data
 import dpo
-from experiments import claims, course, frontier, lab, losses, rlhf
+from experiments import claims, frontier, lab, losses, rlhf
 from experiments.lab import WORLD
 from model import GPT, load
 from tests.helpers import descend, expect, lines_of, run
@@ -402,40 +402,3 @@ def test_reached_tosses_coins_between_policies():
     assert frontier.reached(points, 0.5) == 1.0, "half of SFT, half of (1, 2)"
     assert frontier.reached(points, 2.0) == 2.5, "half of (1, 2), half of (3, 3)"
     assert frontier.reached(points, 9.0) == 3.0
-
-
-# course.py
-
-
-def test_the_other_kl_has_this_optimum(sft):
-    """E[r] - b KL(pi_ref || pi) is greatest where r + b pi_ref / pi is the same for every response,
-    and it earns what it was asked for."""
-    _, ref = sft
-    best, _ = dpo.optimal_policy(ref, WORLD.rewards, 1.0)
-    for ref_logps, rewards, logps in zip(ref, WORLD.rewards, best):
-        wanted = (logps.exp() * rewards).sum()
-        other = course.other_direction(ref_logps, rewards, wanted)
-        expect((other.exp() * rewards).sum(), wanted, "the expected reward", 1e-6)
-        expect(other.exp().sum(), torch.tensor(1.0).double(), "probabilities sum to 1")
-        ratio = (ref_logps - other).exp()
-        low, high = rewards.argmin(), rewards.argmax()
-        b = (rewards[high] - rewards[low]) / (ratio[low] - ratio[high])
-        slopes = rewards + b * ratio  # d / d pi(y), equal to the multiplier of sum pi = 1
-        expect(slopes, slopes[:1].expand_as(slopes), "slopes of the objective", 1e-6)
-
-
-def test_chosen_at_the_optimum_by_listing_pairs(sft):
-    """The mean log-ratio of winners and losers, over all pairs of likely responses, one by one."""
-    _, ref = sft
-    few = [0, 5, 6, 10, 50]
-    some = torch.full_like(ref, -math.inf)
-    some[:, few] = ref[:, few].log_softmax(-1)
-    best, _ = dpo.optimal_policy(some, WORLD.rewards, 0.5)
-    moved, p = best - some, some.exp()
-    chosen = rejected = 0.0
-    for x, y, z in itertools.product(range(2), few, few):
-        wins = torch.sigmoid(WORLD.rewards[x, y] - WORLD.rewards[x, z])
-        chosen += (p[x, y] * p[x, z] * (wins * moved[x, y] + (1 - wins) * moved[x, z])).item() / 2
-        rejected += (p[x, y] * p[x, z] * ((1 - wins) * moved[x, y] + wins * moved[x, z])).item() / 2
-    got = course.chosen_at_the_optimum(some.clamp(min=-1e3), 0.5)
-    expect(torch.tensor(got), torch.tensor([chosen, rejected]), "means over pairs", 1e-6)
