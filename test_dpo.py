@@ -15,65 +15,21 @@ import torch
 
 import data
 from tests.helpers import descend, expect, gpt, load_dpo
+from tests.mistakes import (  # two pairs and their losses by hand, and what mistakes make of them
+    BETA,
+    EQ4_LOG_Z,
+    EQ4_MISTAKES,
+    EQ4_OPTIMUM,
+    EQ4_REF,
+    EQ4_REWARDS,
+    EQ7_MISTAKES,
+    LOSSES,
+    PAIRS,
+    WEIGHTS,
+)
 
 dpo = load_dpo()  # dpo.py, or the module that DPO_MODULE names
 f64 = torch.float64
-
-# Two pairs that can be followed on paper, with beta = 1/2. A reward is beta (policy - reference).
-#
-#                     policy   reference   reward                       margin r_w - r_l
-#   pair 0  chosen      -2        -3       r_w = 0.5 (-2 + 3) =  0.5
-#           rejected    -4        -3       r_l = 0.5 (-4 + 3) = -0.5     1.0, ranked right
-#   pair 1  chosen      -6        -3       r_w = 0.5 (-6 + 3) = -1.5
-#           rejected    -1        -5       r_l = 0.5 (-1 + 5) =  2.0    -3.5, confidently wrong
-BETA = 0.5
-PAIRS = torch.tensor(
-    [  # pair 0, pair 1
-        [-2, -6],  # policy_chosen_logps
-        [-4, -1],  # policy_rejected_logps
-        [-3, -3],  # ref_chosen_logps
-        [-3, -5],  # ref_rejected_logps
-    ],
-    dtype=f64,
-)
-LOSSES = torch.tensor([0.31326168751822286, 3.5297504182726205], dtype=f64)  # -log sigma(margin)
-WEIGHTS = torch.tensor([0.2689414213699951, 0.9706877692486436], dtype=f64)  # sigma(-margin)
-
-
-def losses_at(margin_0, margin_1):
-    """-log sigma(margin) = log(1 + e^-margin), for the margins of pair 0 and pair 1."""
-    margins = torch.tensor([margin_0, margin_1], dtype=f64)
-    return (1 + (-margins).exp()).log()
-
-
-# What Eq. 7 gives on these pairs if one thing is wrong. The comment above a row derives the margins
-# that pair 0 and pair 1 then have.
-MISTAKES = {
-    # -1.0 and 3.5
-    "the sign of the margin is inverted, or chosen and rejected are exchanged": losses_at(-1, 3.5),
-    # 1.0 and -3.5, as they should be
-    "the minus before the log is missing": -LOSSES,
-    # 0.5 (-2 + 4) and 0.5 (-6 + 1)
-    "the reference is left out": losses_at(1, -2.5),
-    # 0.5 ((-2 + 4) + (-3 + 3)) and 0.5 ((-6 + 1) + (-3 + 5))
-    "the reference is added, or its chosen and rejected are exchanged": losses_at(1, -1.5),
-    # 0.5 ((-4 + 2) - (-3 + 3)) and 0.5 ((-1 + 6) - (-3 + 5))
-    "the policy's chosen and rejected are exchanged": losses_at(-1, 1.5),
-    # (-2 + 4) - (-3 + 3) and (-6 + 1) - (-3 + 5)
-    "beta is missing": losses_at(2, -7),
-    # 0.5 * 1.0 and 0.5 * -3.5
-    "beta is applied twice": losses_at(0.5, -1.75),
-    # 2 / 0.5 and -7 / 0.5
-    "beta divides": losses_at(4, -14),
-    # 2 and -7
-    "beta stands before the log": BETA * losses_at(2, -7),
-    # 1.0 and -3.5, as they should be
-    "beta stands before the log as well": BETA * LOSSES,
-    # 0.5 (-2 + 4) - (-3 + 3) and 0.5 (-6 + 1) - (-3 + 5)
-    "beta multiplies the policy's log-probs alone": losses_at(1, -4.5),
-    # 1.0 and -3.5, as they should be; the loss is then -sigma(margin), which is sigma(-margin) - 1
-    "the log is missing": WEIGHTS - 1,
-}
 
 # A world small enough to list: 2 prompts, each with the 27 responses of 3 tokens out of 3.
 # REF and each of the 50 random POLICIES are tables of log pi(y|x), (2, 27).
@@ -139,7 +95,7 @@ def test_eq2_reward_model_loss_and_its_minimum():
     chosen = torch.tensor([0.5, -1.5], dtype=f64)
     rejected = torch.tensor([-0.5, 2.0], dtype=f64)
     losses = dpo.reward_model_loss(chosen, rejected)
-    expect(losses, LOSSES, "Eq. 2: -log sigma(r_w - r_l) of each pair", mistakes=MISTAKES)
+    expect(losses, LOSSES, "Eq. 2: -log sigma(r_w - r_l) of each pair", mistakes=EQ7_MISTAKES)
     far_apart = dpo.reward_model_loss(torch.tensor([-1200.0]), torch.tensor([0.0]))
     why = "Eq. 2 for rewards far apart: use logsigmoid, log(sigmoid) is -inf"
     expect(far_apart, [1200.0], why, tolerance=1e-3)
@@ -208,14 +164,17 @@ def test_section3_objective_is_the_expected_ppo_reward():
 # Section 4: the optimum, the reward behind it, the loss
 
 
+def test_eq4_by_hand():
+    optimum, log_Z = dpo.optimal_policy(EQ4_REF, EQ4_REWARDS, BETA)
+    why = "Eq. 4: log pi_ref + r / beta - log Z(x)"
+    expect(optimum, EQ4_OPTIMUM, why, mistakes=EQ4_MISTAKES)
+    why = "log of Z(x) below Eq. 4, where Z(x) is the sum of pi_ref exp(r / beta)"
+    expect(log_Z, EQ4_LOG_Z, why, mistakes={"it is Z(x), not its log": EQ4_LOG_Z.exp()})
+
+
 def test_eq4_optimal_policy():
     optimum, log_Z = dpo.optimal_policy(REF, REWARDS, BETA)
-    mistakes = {
-        "beta multiplies the reward": (REF.exp() * (REWARDS * BETA).exp()).sum(-1).log(),
-        "it is Z(x), not its log": Z,
-    }
-    why = "log of Z(x) below Eq. 4, where Z(x) is the sum of pi_ref exp(r / beta)"
-    expect(log_Z, Z.log(), why, mistakes=mistakes)
+    expect(log_Z, Z.log(), "log of Z(x) below Eq. 4: the sum of pi_ref exp(r / beta)")
     expect(optimum.exp().sum(-1), [1.0, 1.0], "Eq. 4: divided by Z(x), the policy sums to 1")
     expect(optimum, OPTIMUM, "Eq. 4: log pi_ref + r / beta - log Z(x)")
 
@@ -278,7 +237,7 @@ def test_eq6_the_normaliser_cancels():
 def test_eq7_by_hand():
     result = dpo.dpo_loss(*PAIRS, beta=BETA)
     why = "Eq. 7: -log sigma(beta (log-ratio of chosen - log-ratio of rejected))"
-    expect(result.losses, LOSSES, why, mistakes=MISTAKES)
+    expect(result.losses, LOSSES, why, mistakes=EQ7_MISTAKES)
     mistakes = {"it is sigma(r_w - r_l), as A.4 misprints it": 1 - WEIGHTS}
     why = "section 4: the weight is sigma(r_l - r_w), large where the ranking is wrong"
     expect(result.weights, WEIGHTS, why, mistakes=mistakes)
@@ -690,7 +649,7 @@ def test_eq20_of_two_answers_is_eq7():
     policy = PAIRS[:2].T  # a row per pair, chosen before rejected
     ref = PAIRS[2:].T
     losses = dpo.plackett_luce_loss(policy, ref, BETA)
-    expect(losses, LOSSES, "Eq. 20 with K = 2, best first, is Eq. 7", mistakes=MISTAKES)
+    expect(losses, LOSSES, "Eq. 20 with K = 2, best first, is Eq. 7", mistakes=EQ7_MISTAKES)
 
 
 def test_eq20_minimum_is_the_optimum_of_eq4():

@@ -1,222 +1,460 @@
-"""What the notebook's later steps show with five seeds, since one seed is an anecdote.
+"""What the notebook's core needs: checks of the code that its reader writes, tables and pictures.
 
-    python -m experiments.course [--quick]
-
-Each function measures one question on one seed and returns the rows of assets/course_<name>.csv.
+Nothing is trained here. P = 2 prompts, Y = 1,111 responses; logps and rewards are (P, Y), and x is
+the index of a prompt.
 """
 
+import io
+
 import torch
+from IPython.display import Image, display
+from matplotlib import colormaps
 
-import data
 import dpo
-from experiments import frontier, lab, rlhf
-from experiments.claims import unweighted
-from experiments.lab import BETA, LENGTHS, WORLD
-from experiments.losses import orpo_loss, unlikelihood_loss
+from experiments import lab, plots
+from experiments.lab import WORLD
+from tests.mistakes import (
+    BETA,
+    EQ4_MISTAKES,
+    EQ4_OPTIMUM,
+    EQ4_REF,
+    EQ4_REWARDS,
+    EQ7_MISTAKES,
+    LOSSES,
+    PAIRS,
+    WEIGHTS,
+    complaint,
+)
 
-FEW = 300  # pairs: for a reward model that is over-optimised, and to be learned by heart
-SWEEP = torch.logspace(1.5, -2, 71, dtype=torch.float64).tolist()  # beta, from large to small
+# What the reader writes
 
 
-def over_optimised(seed, quick):
-    """Reward models fitted to few pairs each (Eq. 2), and their own optima (Eq. 4) from a large
-    beta to a small one: what they promise, and what r* says. Means over the judges."""
-    sft, ref = lab.reference(seed)
-    judges = []
-    for judge in range(2 if quick else 10):
-        generator = torch.Generator().manual_seed(1000 * judge + seed)
-        few = WORLD.draw_pairs(ref, FEW, generator)
-        settings = dict(epochs=40, seed=judge, lr=1e-2, batch=128)
-        judges.append((rlhf.train_reward_model(sft, few, **settings), named_in(few)))
+def check_optimal_policy(function):
+    """Print "right", or what is wrong with a reader's Eq. 4. Never raises."""
+    report(optimal_policy_fault(function), "right: Eq. 4 for two prompts with three responses each")
+
+
+def check_loss(function):
+    """Print "right", or what is wrong with a reader's Eq. 7. Never raises."""
+    report(loss_fault(function), "right: two losses by hand, their gradients, and a huge margin")
+
+
+def report(fault, praise):
+    if fault:
+        print(f"not yet: {fault}")
+    else:
+        print(praise)
+
+
+def loss_to_train(function):
+    """The reader's loss if it is right, else Eq. 7 of dpo.py. Prints which one it is."""
+    if loss_fault(function):
+        print("my_dpo_loss is not right yet, so dpo.dpo_loss is the loss used here")
+        return our_dpo_loss
+    print("my_dpo_loss is right, and is the loss used here")
+    return function
+
+
+def our_dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
+    """dpo.dpo_loss as the reader writes it: the losses alone, (B,)."""
+    return dpo.dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta).losses
+
+
+def optimal_policy_fault(function):
+    """What is wrong with a reader's Eq. 4, as text; "" if nothing is."""
+    got, fault = call(function, EQ4_REF, EQ4_REWARDS, BETA)
+    if not fault:
+        fault = complaint(got, EQ4_OPTIMUM, "two prompts, beta 1/2", 1e-6, EQ4_MISTAKES)
+    if fault:
+        return fault
+    coin = torch.tensor([0.5, 0.5]).log()
+    got, fault = call(function, coin, torch.tensor([1e4, 0.0]), 1.0)
+    if not fault:
+        fault = complaint(got.exp(), [1.0, 0.0], "a reward of 10,000: use logsumexp", 1e-3)
+    return fault
+
+
+def loss_fault(function):
+    """What is wrong with a reader's Eq. 7, as text; "" if nothing is."""
+    policy = PAIRS[:2].clone().requires_grad_()
+    losses, fault = call(function, *policy, *PAIRS[2:], BETA)
+    if not fault:
+        fault = complaint(losses, LOSSES, "two pairs, beta 1/2", 1e-6, EQ7_MISTAKES)
+    if fault:
+        return fault
+    if not losses.requires_grad:
+        return "the losses are right, but carry no gradient: is there a detach?"
+
+    def gradient():
+        return torch.autograd.grad(losses.sum(), policy)[0]
+
+    got, fault = call(gradient)
+    if not fault:
+        wanted = BETA * torch.stack([-WEIGHTS, WEIGHTS])
+        fault = complaint(got, wanted, "the gradient: is there a detach?", 1e-6)
+    if fault:
+        return fault
+    zero = torch.zeros(1)
+    losses, fault = call(function, zero - 8000, zero - 4000, zero, zero, 0.3)
+    if not fault:
+        why = "a margin of -1200: use logsigmoid, for the log of sigmoid is -inf there"
+        fault = complaint(losses, [1200.0], why, 1e-3)
+    return fault
+
+
+def call(function, *arguments):
+    """(what a reader's function returns, "") or (None, what is wrong with that)."""
+    try:
+        result = function(*arguments)
+    except Exception as error:  # whatever it is, Run all goes on
+        if "ellipsis" in str(error):
+            return None, "a line is still `...`"
+        return None, f"it stops with {type(error).__name__}: {error}"
+    if result is None:
+        return None, "it returns nothing"
+    if result is Ellipsis:
+        return None, "it is not filled in"
+    if not isinstance(result, torch.Tensor):
+        return None, f"it returns a {type(result).__name__} and not a tensor"
+    if not result.is_floating_point():
+        return None, f"it returns {result.dtype} numbers"
+    return result, ""
+
+
+# Tables
+
+
+def table(*rows, digits=2):
+    """Print rows of words and numbers, in columns as wide as they need."""
+    texts = []
+    for row in rows:
+        texts.append([to_text(cell, digits) for cell in row])
+    widths = [max(len(text) for text in column) for column in zip(*texts)]
+    for first, *others in texts:
+        cells = [first.ljust(widths[0])]
+        for text, width in zip(others, widths[1:]):
+            cells.append(text.rjust(width))
+        print("   ".join(cells).rstrip())
+
+
+def to_text(cell, digits):
+    if isinstance(cell, torch.Tensor):
+        cell = cell.item()
+    if not isinstance(cell, float):
+        return str(cell)
+    if 0 < abs(cell) < 1e-6:
+        return f"{cell:.0e}"
+    return f"{cell:.{digits}f}"
+
+
+def find(texts):
+    """The indices of responses, from texts such as " not dull"."""
+    return [WORLD.responses.index(text) for text in texts]
+
+
+def word(y):
+    """The text of response y."""
+    text = WORLD.responses[y].strip()
+    if not text:
+        return "(nothing)"
+    return text
+
+
+def true_rewards():
+    """r* of some responses, the four opinions first."""
+    shown = [" good", " dull", " quiet", " funny", " very good", " not very dull"]
+    shown += [" quiet good dull", " was", ""]
     rows = []
-    for beta in SWEEP:
-        found = {"expected_reward": [], "kl": [], "promised": [], "in_no_pair": []}
-        for learned, named in judges:
-            logps, _ = dpo.optimal_policy(ref, learned, beta)
-            found["expected_reward"].append((logps.exp() * WORLD.rewards).sum(-1).mean())
-            found["kl"].append(dpo.kl_divergence(logps, ref).mean())
-            found["promised"].append((logps.exp() * learned).sum(-1).mean())
-            found["in_no_pair"].append((logps.exp() * ~named).sum(-1).mean())
-        row = {"seed": seed, "beta": beta}
-        rows.append(row | {key: torch.stack(each).mean().item() for key, each in found.items()})
-    return rows
+    for y in find(shown):
+        rows.append((word(y), *WORLD.rewards[:, y]))
+    table(("r* of", "The film was", "The hotel was"), *rows)
+    print()
 
 
-def named_in(drawn):
-    """(P, Y): True for the responses that some pair names."""
-    named = torch.zeros(WORLD.rewards.shape, dtype=torch.bool)
-    named[drawn.prompt, torch.stack([drawn.chosen, drawn.rejected])] = True
-    return named
+def tokens(ids, mask, logits, sums):
+    """A pair's two rows, token by token. logits (2, T - 1, V): position t predicts token t + 1;
+    sums (2,): what dpo.response_logps makes of them."""
+    logps = logits.log_softmax(-1)
+    for i, side in enumerate(["chosen", "rejected"]):
+        rows = []
+        for t, token in enumerate(ids[i].tolist()):
+            text = WORLD.tokenizer.decode([token]).strip().replace("<|endoftext|>", "(end)")
+            if mask[i, t]:
+                rows.append((text, "yes", logps[i, t - 1, token]))
+            elif mask[i, t:].any():
+                rows.append((text, "no", ""))
+            else:
+                rows.append(("(padding)", "no", ""))
+        rows.append(("log pi(y|x), by dpo.response_logps", "", sums[i]))
+        table((side, "scored", "log-prob"), *rows, digits=3)
+        print()
 
 
-def displaced(seed, quick):
-    """DPO on four pairs at beta 0.1: how far each chosen response moves, and what it then has."""
-    rows, (_, ref), few = [], lab.reference(seed), lab.draw(seed, 4)
-    for kind, lr in (("table", 0.3), ("network", 1e-2)):
-        *_, (_, logps) = lab.train_dpo(seed, few, lr, 200, kind=kind, beta=0.1)
-        for x, y in zip(few.prompt, few.chosen):
-            row = {"seed": seed, "policy": kind, "moved": (logps - ref)[x, y].item()}
-            rows.append(row | {"before": ref[x, y].exp().item(), "after": logps[x, y].exp().item()})
-    return rows
+def compare(policies, ref):
+    """KL, E[r*] and variety of each policy, means over both prompts. policies: {name: logps}."""
+    rows = []
+    for name, logps in policies.items():
+        exact = lab.measure(logps, ref)
+        varied = torch.tensor(exact["entropy"]).exp()
+        rows.append((name, exact["kl"], exact["expected_reward"], varied))
+    table(("pi* at", "KL", "E[r*]", "exp(entropy)"), *rows)
 
 
-def held(seed, quick):
-    """What holds the policy: the weight, and a reference that stays where it is."""
-    drawn, steps = lab.draw(seed, lab.PAIRS), 40 if quick else 400
-    policy, ref = lab.start_from(seed)
-    anchor, moving = ref, []
-    for part in range(4):  # the reference is copied from the policy after each quarter
-        loss = lab.preferences(dpo.dpo_loss, drawn, anchor)
-        for step, anchor in lab.descend(policy, loss, lab.PAIRS, steps // 4, 1e-2, seed):
-            if step < steps // 4 or part == 3:  # the end of a part is the start of the next
-                moving.append((part * steps // 4 + step, anchor))
-    runs = {
-        "DPO": lab.train_dpo(seed, drawn, steps=steps),
-        "weight left at 1/2": lab.train_dpo(seed, drawn, steps=steps, loss=unweighted),
-        "reference copied every quarter": moving,
-    }
-    return [
-        {"seed": seed, "run": name, "step": step} | lab.measure(logps, ref)
-        for name, run in runs.items()
-        for step, logps in run
-        if step % (steps // 20) == 0
-    ]
+def pushes(margin, losses, push):
+    """The loss, the weight and the push on both log-probs, push (2, n), at each margin (n,)."""
+    rows = zip(margin, losses, torch.sigmoid(-margin), *push)
+    heads = "margin", "loss", "weight", "push on chosen, beta 0.5", "push on rejected"
+    table(heads, *rows, digits=3)
 
 
-def sft_first(seed, quick):
-    """DPO from an untrained network, after SFT on the chosen responses or on both, and from the
-    model that wrote the responses; each is its own reference. The pairs are the same."""
-    rows, drawn = [], lab.draw(seed, lab.PAIRS)
-    x, both = drawn.prompt, torch.stack([drawn.chosen, drawn.rejected])
-    starts = {"untrained": both[:0], "SFT on the chosen": both[:1], "SFT on both": both}
-    for name, taught in (starts | {"author of the pairs": both[:0]}).items():
-        policy, steps = lab.new_gpt(seed), 40 if quick else 400
-        if name == "author of the pairs":
-            policy, _ = lab.start_from(seed)
-
-        def sft(logps, i):
-            return -logps[x[i], taught[:, i]].mean(0)
-
-        if len(taught):
-            list(lab.descend(policy, sft, lab.PAIRS, steps // 2, 1e-2, seed))
-        base = lab.listed(policy).detach()
-        loss = lab.preferences(dpo.dpo_loss, drawn, base)
-        *_, (_, logps) = lab.descend(policy, loss, lab.PAIRS, steps, 1e-2, seed)
-        right = dpo.accuracy((logps - base)[x, both[0]] - (logps - base)[x, both[1]]).mean().item()
-        before = lab.measure(base, base)["grammatical"]
-        row = {"seed": seed, "start": name, "accuracy": right, "before": before}
-        rows.append(row | lab.measure(logps, base))
-    return rows
+def progress(policies, ref, pairs):
+    """What a log shows of each policy, its exact numbers, and how much more "quiet" is worth to it
+    in a hotel. policies: {step: logps}."""
+    (quiet,) = find([" quiet"])
+    of_ref = lab.of_pairs(ref, pairs)
+    rows = []
+    for step, logps in policies.items():
+        logged = dpo.describe(*lab.of_pairs(logps, pairs), *of_ref, beta=lab.BETA)
+        exact = lab.measure(logps, ref)
+        row = [step, f"{logged['loss'].mean():.4f}", logged["accuracy"].mean()]
+        for key in ("objective", "kl", "expected_reward", "gap_closed"):
+            row.append(exact[key])
+        film, hotel = dpo.implicit_reward(logps, ref, lab.BETA)[:, quiet]
+        row.append(hotel - film)
+        rows.append(row)
+    heads = "step", "loss", "accuracy", "J", "KL", "E[r*]", "gap closed"
+    table((*heads, "r-hat of quiet: hotel - film"), *rows)
 
 
-def dpo_of_means(w, l, ref_w, ref_l, chosen_lengths, rejected_lengths, beta):
-    """Eq. 7 with log-probs averaged over tokens: not the paper's loss."""
-    w, ref_w = w / chosen_lengths, ref_w / chosen_lengths
-    return dpo.dpo_loss(w, l / rejected_lengths, ref_w, ref_l / rejected_lengths, beta)
+def mentions(pairs):
+    """How many pairs mention each response: (P, Y)."""
+    counts = torch.zeros(WORLD.rewards.shape, dtype=torch.long)
+    for responses_of_pairs in (pairs.chosen, pairs.rejected):
+        ones = torch.ones_like(responses_of_pairs)
+        counts.index_put_((pairs.prompt, responses_of_pairs), ones, accumulate=True)
+    return counts
 
 
-def other_losses(seed, quick):
-    """Where each loss ends on the same pairs, in a table of free logits, so that nothing but the
-    loss decides; ORPO, which must learn to write, in a network. And how long responses become."""
-    (_, ref), drawn = lab.reference(seed), lab.draw(seed, lab.PAIRS)
-    free = dict(kind="table", lr=0.03, steps=150 if quick else 1500)
-    cases = {name: (loss, BETA) for name, loss in dpo.LOSSES.items()}
-    cases["ipo, beta 0.25"] = dpo.ipo_loss, 0.25
-    cases["unlikelihood"] = unlikelihood_loss, BETA
-    cases["dpo of means"] = dpo_of_means, BETA
-    ends = {"reference": ref, "pi*": dpo.optimal_policy(ref, WORLD.rewards, BETA)[0]}
-    for name, (loss, beta) in cases.items():
-        *_, (_, ends[name]) = lab.train_dpo(seed, drawn, loss=loss, beta=beta, **free)
-    losses_of = lab.preferences(orpo_loss, drawn, ref, alpha=1.0)
-    for name, policy in (("from SFT", lab.start_from(seed)[0]), ("untrained", lab.new_gpt(seed))):
-        run = lab.descend(policy, losses_of, lab.PAIRS, 40 if quick else 400, 1e-2, seed)
-        *_, (_, ends[f"orpo, {name}"]) = run
-    return [
-        {"seed": seed, "loss": name, "tokens": (logps.exp() * LENGTHS).sum(-1).mean().item()}
-        | lab.measure(logps, ref)
-        for name, logps in ends.items()
-    ]
+def of_response(text, numbers):
+    """What is known of one response, for both prompts. numbers: {name: (P, Y)}."""
+    (y,) = find([text])
+    rows = []
+    for name, values in numbers.items():
+        rows.append((name, *values[:, y]))
+    table((text.strip(), "film", "hotel"), *rows, digits=4)
 
 
-def samplers(seed, quick):
-    """Pairs of the reference's responses, of a colder sampler's (probabilities squared), of a
-    uniform one's; and of the policy itself, which are drawn in four parts while it trains. All
-    train in the same four parts."""
-    rows, (_, ref) = [], lab.reference(seed)
-    others = {"reference": ref, "colder": (2 * ref).log_softmax(-1)}
-    others["uniform"] = torch.zeros_like(ref).log_softmax(-1)
-    others["the policy itself"] = None
-    for n in (1_000,) if quick else (1_000, 3_000, 10_000, 30_000):
-        for name, sampler in others.items():
-            policy, now = lab.start_from(seed)
-            drawn, generator = [], torch.Generator().manual_seed(seed)
-            for part in range(4):
-                if sampler is None or part == 0:
-                    source, size = (now, n // 4) if sampler is None else (sampler, n)
-                    drawn.append(WORLD.draw_pairs(source, size, generator))
-                so_far = data.Drawn(*(torch.cat(columns) for columns in zip(*drawn)))
-                loss = lab.preferences(dpo.dpo_loss, so_far, ref)
-                run = lab.descend(policy, loss, len(so_far.prompt), 60, 1e-2, part)
-                *_, (_, now) = run
-            row = {"seed": seed, "sampler": name, "pairs": n}
-            rows.append(row | {"gap_closed": lab.measure(now, ref)["gap_closed"]})
-    return rows
+def by_seed(rows, heads):
+    """A row for each seed, and mean ± standard deviation. heads: {column: its heading}."""
+    lines = [("seed", *heads.values())]
+    for row in rows:
+        lines.append((row["seed"], *[row[key] for key in heads]))
+    lines.append(("mean", *[lab.spread(rows, key) for key in heads]))
+    table(*lines)
 
 
-def by_heart(seed, quick):
-    """Long training on few pairs: what it says of them, of held-out ones, and where the mass is."""
-    (_, ref), few = lab.reference(seed), lab.draw(seed, FEW)
-    pairs = {"own": few, "held out": lab.draw(seed, 20_000, stream=2000)}
-    named, rows = named_in(few), []
-    for step, logps in lab.train_dpo(seed, few, steps=100 if quick else 600):
-        if step % 20 == 0:
-            row = {"seed": seed, "step": step} | lab.measure(logps, ref)
-            for whose, drawn in pairs.items():
-                x = drawn.prompt
-                both = torch.stack([drawn.chosen, drawn.rejected])
-                told = dpo.describe(*logps[x, both], *ref[x, both], beta=BETA)
-                row[f"{whose} loss"] = told["loss"].mean().item()
-                row[f"{whose} accuracy"] = told["accuracy"].mean().item()
-            rows.append(row | {"in no pair": (logps.exp() * ~named).sum(-1).mean().item()})
-    return rows
+def disturb(logps, n=1000):
+    """n policies around this one (P, Y), with noise of many sizes in their logits: (n, P, Y)."""
+    generator = torch.Generator().manual_seed(0)
+    size = 0.1 + 1.9 * torch.rand(n, 1, 1, generator=generator).double()
+    noise = torch.randn(n, *logps.shape, generator=generator)
+    return (logps + size * noise).log_softmax(-1)
 
 
-# Exact, without training
+# Pictures
 
 
-def other_direction(ref_logps, rewards, expected_reward):
-    """The optimum of E[r] - b KL(pi_ref || pi), with b such that it earns the expected reward:
-    pi = b pi_ref / (level - r), the level above every r. (Y,), (Y,), float -> log pi (Y,)"""
-    near, far = 1e-9, 1e3  # of the level above the highest reward; nearer is greedier
-    for _ in range(100):
-        middle = (near * far) ** 0.5
-        logps = (ref_logps - (rewards.max() + middle - rewards).log()).log_softmax(-1)
-        greedy = (logps.exp() * rewards).sum() > expected_reward
-        near, far = (middle, far) if greedy else (near, middle)
-    return logps
+def show(figure):
+    """Show a figure below the cell, as a PNG."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=80)
+    display(Image(file.getvalue()))
 
 
-def chosen_at_the_optimum(ref, beta):
-    """The mean of log pi* / pi_ref over the chosen responses of endless pairs, and over the
-    rejected ones: pi_ref(y) s(y) is half the probability that y is drawn and wins. (P, Y) -> two
-    floats."""
-    best, _ = dpo.optimal_policy(ref, WORLD.rewards, beta)
-    wins = torch.stack([frontier.win_rate(*each, "hard") for each in zip(ref, WORLD.rewards)])
-    chosen, rejected = 2 * ref.exp() * wins, 2 * ref.exp() * (1 - wins)
-    return [(p * (best - ref)).sum(-1).mean().item() for p in (chosen, rejected)]
+def name_with_reward(x, y):
+    return f"{word(y)}  {WORLD.rewards[x, y]:+.2f}"
 
 
-QUESTIONS = {  # and a guess of their seconds, the longest first
-    samplers: 17, other_losses: 12, sft_first: 7, over_optimised: 7, held: 5, by_heart: 3,
-    displaced: 1,
-}  # fmt: skip
+def likeliest(x, ref):
+    """The reference's 20 likeliest responses to a prompt."""
+    top = ref[x].argsort(descending=True)[:20]
+    rest = 1 - ref[x, top].exp().sum()
+    title = f"after '{WORLD.prompts[x].strip()}'; the other {len(ref[x]) - 20:,} have {rest:.0%}"
+    figure, (ax,) = plots.panels(title, 1, width=9)
+    shades = colormaps["cividis"]((WORLD.rewards[x, top] + 4.5) / 9)
+    ax.bar(range(20), ref[x, top].exp(), color=shades, edgecolor="black", linewidth=0.6)
+    names = [name_with_reward(x, y) for y in top]
+    ax.set_xticks(range(20), names, rotation=50, ha="right")
+    ax.set(xlabel="the 20 likeliest responses and their r* (brighter: higher)")
+    ax.set(ylabel="probability")
+    show(figure)
 
 
-def main():
-    quick, folder = lab.parse(__doc__)
-    lab.run_and_save(QUESTIONS, "course", quick, folder)
-    print(f"see {folder}/course_*.csv")
+def counted(gap):
+    """How often the better response won, by its lead. gap (n,): r*(chosen) - r*(rejected)."""
+    sizes, which = gap.abs().round(decimals=2).unique(return_inverse=True)
+    n = which.bincount()
+    won = torch.zeros(len(sizes)).index_add(0, which, dpo.accuracy(gap)) / n
+    error = 2 * (won * (1 - won) / n) ** 0.5
+    often = (n >= 200) & (sizes > 0)
+    figure, (ax,) = plots.panels("200,000 pairs, counted", 1, width=9, height=2.8)
+    axis = torch.linspace(0, 6, 100)
+    ax.plot(axis, dpo.bradley_terry(axis, torch.zeros(100)), color=plots.BLUE, label="Eq. 1")
+    style = {"fmt": "o", "color": "black", "markersize": 3, "linewidth": 1}
+    label = "counted, with two standard errors"
+    ax.errorbar(sizes[often], won[often], error[often], label=label, **style)
+    ax.set(xlabel="|r*(y1) - r*(y2)|", ylabel="fraction won by the better")
+    ax.legend(loc="lower right")
+    show(figure)
 
 
-if __name__ == "__main__":
-    main()
+def responses(x, policies, ref, limit):
+    """The likeliest responses under each policy. policies: {title: logps, normalised or not}.
+
+    All panels with probabilities end at `limit`; a bar that is cut there shows its number. A panel
+    whose bars are not probabilities says what all 1,111 sum to.
+    """
+    found = [logps[x].topk(8).indices for logps in policies.values()]
+    shown = torch.cat(found).unique()
+    shown = shown[WORLD.rewards[x, shown].argsort(stable=True)]
+    rows = range(len(shown))
+    title = f"the likeliest responses after '{WORLD.prompts[x].strip()}', sorted by r*"
+    figure, axes = plots.panels(title, len(policies), width=13 / len(policies), height=4.2)
+    for ax, (name, logps) in zip(axes, policies.items()):
+        heights = logps[x, shown].exp()
+        total = logps[x].exp().sum().item()
+        if abs(total - 1) < 1e-6:
+            color = plots.BLUE
+            label = "probability"
+            ax.set_xlim(0, limit)
+        else:
+            color = plots.ORANGE
+            label = f"not probabilities: all sum to {total:.2f}"
+        ax.barh(rows, heights, color=color, edgecolor="black", linewidth=0.6)
+        ticks = {"color": plots.RED, "markersize": 9, "markeredgewidth": 2, "label": "reference"}
+        ax.plot(ref[x, shown].exp(), rows, "|", **ticks)
+        for row, height in zip(rows, heights.tolist()):
+            if color == plots.BLUE and height > limit:
+                ax.text(0.9 * limit, row, f"{height:.2f}", ha="right", va="center", color="white")
+        ax.set_yticks(rows, [])
+        ax.set(title=name, xlabel=label)
+    axes[0].set_yticks(rows, [name_with_reward(x, y) for y in shown])
+    plots.legend(figure, axes[0])
+    show(figure)
+
+
+def regret(away, J, top, ref):
+    """J against KL(pi || pi*) of random policies, (n,) each, of the optimum and the reference."""
+    at_ref = lab.measure(ref, ref)
+    figure, (ax,) = plots.panels("J of Eq. 3 against the distance from Eq. 4", 1, width=9)
+    end = max(away.max().item(), at_ref["kl_to_optimum"])
+    line = "beta log Z - beta KL(pi || pi*)"
+    ax.plot([0, end], [top, top - end], color=plots.BLUE, label=line)
+    ax.scatter(away, J, 8, color="black", zorder=3, label=f"{len(J):,} random policies")
+    point = at_ref["kl_to_optimum"], at_ref["objective"]
+    ax.plot(*point, "s", color=plots.RED, zorder=4, label="the reference")
+    ax.plot(0, top, "*", color=plots.BLUE, markersize=16, label="Eq. 4")
+    ax.set(xlabel="KL(pi || pi*), nats", ylabel="J, in units of r*")
+    ax.legend(loc="lower left")
+    show(figure)
+
+
+def preferences(x, r, shifted, r_hat):
+    """P(row beats column) by Eq. 1 for six responses, by three tables of rewards (P, Y)."""
+    shown = find([" dull", " not good", " quiet", " funny", " good", " very good"])
+    tables = {"r*, Eq. 1": r, "r* + 5, Eq. 1": shifted, "pi* alone, Eq. 6": r_hat}
+    figure, axes = plots.panels("P(this row's response beats this column's)", len(tables))
+    for ax, (title, rewards) in zip(axes, tables.items()):
+        r = rewards[x, shown]
+        p = torch.sigmoid(r[:, None] - r)  # (1)
+        ax.imshow(p, cmap="cividis", vmin=0, vmax=1)
+        for i, row in enumerate(p.tolist()):
+            for j, value in enumerate(row):
+                color = "black"
+                if value < 0.55:
+                    color = "white"
+                ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=color)
+        names = [f"{word(y)}\n{rewards[x, y]:+.1f}" for y in shown]
+        ax.set_xticks(range(len(shown)), names, fontsize=8)
+        ax.set_yticks(range(len(shown)), [])
+        ax.set(title=title, xlabel="with its reward")
+        ax.grid(False)
+    axes[0].set_yticks(range(len(shown)), [word(y) for y in shown])
+    show(figure)
+
+
+def loss_and_weight():
+    """The loss and the weight over the margin; the push over the log-ratio, for three betas."""
+    figure, axes = plots.panels("Eq. 7 and its gradient", 3, height=3)
+    m = torch.linspace(-6, 6, 241, dtype=torch.float64)
+    zero = torch.zeros_like(m)
+    result = dpo.dpo_loss(m, zero, zero, zero, 1.0)
+    curves = {"loss": (result.losses, 0.6931), "weight": (result.weights, 0.5)}
+    for ax, (name, (values, at_0)) in zip(axes, curves.items()):
+        ax.plot(m, values, color=plots.BLUE)
+        ax.plot(0, at_0, "o", color=plots.RED)
+        ax.annotate(f"policy = reference: {at_0}", (0.4, at_0 + 0.02), color=plots.RED)
+        ax.set(xlabel="margin", ylabel=name)
+    for beta, color in [(0.1, plots.BLUE), (0.5, plots.ORANGE), (2.0, plots.GREEN)]:
+        slope, _ = dpo.dpo_gradient(m, zero, zero, zero, beta)
+        axes[2].plot(m, -slope, color=color, label=f"beta = {beta:g}")
+    axes[2].set(xlabel="log-ratio of chosen minus that of rejected, nats", ylabel="beta * weight")
+    axes[2].legend()
+    show(figure)
+
+
+LABELS = {  # r*(chosen) - r*(rejected), from and to, and the colour
+    "label wrong by more than 2": (-9, -2.005, plots.RED),
+    "label wrong by up to 2": (-2.005, -0.005, plots.ORANGE),
+    "equal rewards": (-0.005, 0.005, plots.GREY),
+    "label right by up to 2": (0.005, 2.005, plots.SKY),
+    "label right by more than 2": (2.005, 9, plots.BLUE),
+}
+
+
+def weights_by_label(steps, weights, truth):
+    """weights: those of all pairs (n,) at each step. truth (n,): r*(chosen) - r*(rejected)."""
+    wrong = truth < 0
+    of_weight = weights[-1][wrong].sum() / weights[-1].sum()
+    print(f"wrong labels: {wrong.double().mean():.0%} of the pairs, {of_weight:.0%} of the weight")
+    title = "The weights of the pairs; thin lines: mean sigma(-m)"
+    figure, (left, right) = plots.panels(title, 2, width=6.3)
+    sums = []
+    colors = []
+    for name, (low, high, color) in LABELS.items():
+        mine = (low <= truth) & (truth <= high)
+        total = torch.stack([w[mine].sum() for w in weights])
+        label = f"{name}: {mine.sum():,} pairs"
+        left.plot(steps, total / mine.sum(), color=color, label=label)
+        left.axhline((-truth[mine]).sigmoid().mean(), color="black", linewidth=0.6)
+        sums.append(total)
+        colors.append(color)
+    parts = torch.stack(sums)
+    parts = parts / parts.sum(0)
+    right.stackplot(steps, parts, colors=colors, alpha=0.8)
+    middle = len(steps) // 2
+    ends = parts[:, middle].cumsum(0)
+    for name, end, part in zip(LABELS, ends, parts[:, middle]):
+        right.text(steps[middle], end - part / 2, name, ha="center", va="center", fontsize=8)
+    left.set(xlabel="step", ylabel="mean weight", ylim=(0, 1))
+    right.set(xlabel="step", ylabel="fraction of all weight")
+    plots.legend(figure, left, columns=3)
+    show(figure)
+
+
+def rewards_learned(rewards, ref, log_Z, text):
+    """Implicit against true rewards of all responses; the one with this text has circles."""
+    (marked,) = find([text])
+    figure, (ax,) = plots.panels("Implicit and true rewards, all 2,222", 1, width=9, height=4.2)
+    for x, (color, marker) in enumerate([(plots.BLUE, "o"), (plots.ORANGE, "^")]):
+        name = WORLD.prompts[x].strip()
+        style = {"color": color, "marker": marker, "alpha": 0.5, "linewidth": 0}
+        ax.scatter(WORLD.rewards[x], rewards[x], 250 * ref[x].exp() ** 0.5, label=name, **style)
+        ax.axline((0, -lab.BETA * log_Z[x].item()), slope=1, color=color, linewidth=1)
+        ring = {"facecolors": "none", "edgecolors": plots.RED, "linewidth": 1.5}
+        ax.scatter(WORLD.rewards[x, marked], rewards[x, marked], 150, **ring)
+    ax.annotate(word(marked), (WORLD.rewards[0, marked] - 0.6, rewards[:, marked].min() - 0.9))
+    ax.set_ylim(-5.2, 3.8)
+    ax.set(xlabel="true reward r*", ylabel="implicit reward r-hat, in units of r*")
+    ax.legend(title="lines: r* - beta log Z(x); larger: likelier under pi_ref")
+    show(figure)

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ["README.md", "requirements.txt", "LICENSE", "model.py", "data.py", "train.py",
          "test_dpo.py", "tests/__init__.py", "tests/conftest.py", "tests/helpers.py",
-         "tests/test_logps.py", "tests/test_losses.py",
+         "tests/mistakes.py", "tests/test_logps.py", "tests/test_losses.py",
          "experiments/__init__.py", "experiments/losses.py"]  # fmt: skip
 EXERCISES = {
     1: ("bradley_terry", "reward_model_loss", "kl_divergence", "rlhf_objective"),

@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from data import TokenPair
 from model import GPT, GPTConfig
+from tests.mistakes import complaint
 
 
 def load_dpo():
@@ -32,32 +33,13 @@ def load_dpo():
 def expect(got, expected, why, tolerance=1e-12, mistakes=None):
     """Assert that `got` equals `expected`, entry by entry, to within `tolerance`.
 
-    The message of a failure begins with `why`, which names the equation. `mistakes` maps usual
-    mistakes to the values that they give. If `got` is one of these, the message names the mistake.
+    The message of a failure begins with `why`, which names the equation, and names the mistake if
+    `got` is what one of the usual `mistakes` gives: see `complaint`.
     """
     __tracebackhide__ = True  # pytest then points at the line of the test
-    got = torch.as_tensor(got, dtype=torch.float64).detach()
-    expected = torch.as_tensor(expected, dtype=torch.float64).detach()
-    if got.shape != expected.shape:
-        shapes = f"got shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
-        raise AssertionError(f"{why}\n  {shapes}; a mean or sum over pairs, or a kept dimension?")
-    errors = (got - expected).abs()
-    if errors.max() <= tolerance:  # False if any entry is NaN
-        return
-
-    if mistakes is None:
-        mistakes = {}
-    message = why
-    if got.numel() <= 8:
-        message += f"\n  expected {expected.tolist()}\n  got      {got.tolist()}"
-    else:  # show the worst entry only; argmax takes NaN for the largest
-        worst = errors.argmax()
-        message += f"\n  expected {expected.flatten()[worst]}\n  got      {got.flatten()[worst]}"
-        message += f"\n  (the worst of {got.numel()} values)"
-    for mistake, values in mistakes.items():
-        if torch.allclose(got, torch.as_tensor(values, dtype=torch.float64), atol=1e-5):
-            message += f"\n  This is what comes out if {mistake}."
-    raise AssertionError(message)
+    message = complaint(got, expected, why, tolerance, mistakes)
+    if message:
+        raise AssertionError(message)
 
 
 def descend(loss_of, start):

@@ -8,7 +8,7 @@ import torch
 
 import data
 import dpo
-from experiments import claims, course, frontier, lab, losses, rlhf
+from experiments import claims, frontier, lab, losses, rlhf
 from experiments.lab import WORLD
 from model import GPT, load
 from tests.helpers import descend, expect, lines_of, run
@@ -542,42 +542,3 @@ def test_ppo_gt_sees_the_true_reward_and_ppo_the_learned_one(reference, monkeypa
     frontier.ppo_rows(0, "hard", 512, 1)
     assert given[0][0] is WORLD.rewards and given[1][0] is learned
     assert [target for _, target in given] == [2.0, 2.0]
-
-
-# course.py
-
-
-@pytest.mark.parametrize("x", [0, 1])
-def test_the_other_kl_has_this_optimum(x, ref):
-    """E[r] - b KL(pi_ref || pi) is greatest where r + b pi_ref / pi is the same for every response,
-    and it earns what it was asked for."""
-    rewards = WORLD.rewards[x]
-    optimum = optimum_of_eq4(ref, 1.0)[x]
-    wanted = (optimum.exp() * rewards).sum()
-    other = course.other_direction(ref[x], rewards, wanted)
-    expect((other.exp() * rewards).sum(), wanted, "the expected reward", 1e-6)
-    expect(other.exp().sum(), 1.0, "probabilities sum to 1")
-    ratio = (ref[x] - other).exp()
-    low = rewards.argmin()
-    high = rewards.argmax()
-    b = (rewards[high] - rewards[low]) / (ratio[low] - ratio[high])
-    slopes = rewards + b * ratio  # d / d pi(y), equal to the multiplier of sum pi = 1
-    expect(slopes, slopes[:1].expand_as(slopes), "slopes of the objective: one for all y", 1e-6)
-
-
-def test_chosen_at_the_optimum_by_listing_pairs(ref):
-    """The mean log-ratio of winners and losers, over all pairs of likely responses, one by one."""
-    few = [0, 5, 6, 10, 50]
-    some = torch.full_like(ref, -math.inf)
-    some[:, few] = ref[:, few].log_softmax(-1)
-    moved = optimum_of_eq4(some, 0.5) - some
-    p = some.exp()
-    chosen = 0.0
-    rejected = 0.0
-    for x, winner, loser in itertools.product(range(2), few, few):
-        drawn = p[x, winner] * p[x, loser]  # in two orders, after one of two prompts
-        weight = drawn * p_wins(x, winner, loser)
-        chosen += weight * moved[x, winner]
-        rejected += weight * moved[x, loser]
-    got = course.chosen_at_the_optimum(some.clamp(min=-1e3), 0.5)
-    expect(got, [chosen, rejected], "mean log pi* / pi_ref of winners, of losers", 1e-6)

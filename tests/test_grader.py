@@ -64,10 +64,12 @@ WRONG = {  # who notices: what in RIGHT (None: at its end) becomes what, and the
         (None, "kl_divergence = lambda p, q: (p.exp() * (p - q)).sum(-1)", "0 log 0 is 0"),
         (None, "rlhf_objective = lambda p, q, r, beta: (p.exp() * (r + beta * (p - q))).sum(-1)",
          "the KL is added")],
-    test_dpo.test_eq4_optimal_policy: [
+    test_dpo.test_eq4_by_hand: [
         ("tilted.logsumexp(-1)", "tilted.exp().sum(-1)", "not its log"),
-        ("tilted.logsumexp(-1)", "tilted.exp().sum(-1).log()", "exp overflows"),
-        ("tilted.log_softmax(-1)", "tilted", "the policy sums to 1")],
+        ("tilted.log_softmax(-1)", "tilted", "it is not divided by Z(x)"),
+        ("rewards / beta", "rewards * beta", "beta multiplies the reward")],
+    test_dpo.test_eq4_optimal_policy: [
+        ("tilted.logsumexp(-1)", "tilted.exp().sum(-1).log()", "exp overflows")],
     test_dpo.test_eq5_reward_from_its_policy: [
         (None, "implicit_reward = lambda p, q, b: b * p", "the reference is left out")],
     test_dpo.test_eq7_by_hand: [("plus(r_l - r_w)", "plus(r_w - r_l)", "the margin is inverted"),

@@ -13,7 +13,6 @@ loss asks for at the end, E[r*] holds up better.
 
 import dpo
 from experiments import lab, plots, rlhf
-from experiments.lab import WORLD
 
 SECONDS = 160
 PAIRS = 300
