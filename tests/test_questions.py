@@ -12,8 +12,15 @@ from experiments import lab
 from experiments.lab import WORLD
 from experiments.losses import unlikelihood_loss
 from experiments.questions import __main__ as runner
-from experiments.questions import displacement, kl_penalty, label_noise, other_losses
-from experiments.questions import overfitting, reward_model, stuck
+from experiments.questions import (
+    displacement,
+    kl_penalty,
+    label_noise,
+    other_losses,
+    overfitting,
+    reward_model,
+    stuck,
+)
 from tests.helpers import expect
 
 NAMES = runner.names()

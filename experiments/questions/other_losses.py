@@ -11,8 +11,9 @@ SFT term.
 Found: on a pair that never flips, DPO's margin keeps growing at every beta; beta sets the pace, not
 an end. cDPO stops at log((1 - e) / e) = 2.2 with e = 0.1, IPO at 1/2, so both stay closer to the
 reference when beta is larger. On 100,000 drawn pairs cDPO, IPO and hinge stay closer to the
-reference than DPO at the same beta, and robust DPO goes further. ORPO ends in the same place with
-and without SFT first. Means over tokens in Eq. 7 weaken the KL penalty and make responses longer.
+reference than DPO at the same beta, and robust DPO, told of flips that are not there, goes further.
+ORPO ends in about the same place with and without SFT first. Means over tokens in Eq. 7 weaken the
+KL penalty and make responses longer.
 """
 
 import torch
@@ -28,7 +29,11 @@ STEPS = 1500  # on drawn pairs, in a table of free logits, so that nothing but t
 ORPO_STEPS = 400  # in the network: it also has to learn to write
 ONE_PAIR_STEPS = 1000
 BETAS = {0.1: ":", 1.0: "-", 10.0: "--"}
-CERTAIN = {"dpo": "rests nowhere", "cdpo": "rests at 2.2", "ipo": "rests at 1/2"}
+CERTAIN = {
+    "dpo": "rests nowhere: its weight is never 0",
+    "cdpo": "rests at m = 2.2",
+    "ipo": "rests at m = 1/2",
+}
 COLORS = {
     "dpo": plots.BLUE,
     "cdpo": plots.ORANGE,
@@ -164,7 +169,7 @@ def draw(rows):
     orpo_steps = lab.where(drawn, loss="orpo")[0]["step"]
     axes[6].set(ylabel="KL(pi || pi_ref), nats")
     axes[6].set_title(f"{ORPO}\nin the network, {orpo_steps} steps", fontsize=9)
-    axes[7].set(ylabel="mean length of a response, tokens")
+    axes[7].set(ylabel="tokens of a response, mean")
     plots.legend(figure, axes[0], axes[4], columns=4)
     return figure
 
