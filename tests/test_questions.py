@@ -12,9 +12,11 @@ import data
 import dpo
 from experiments import lab, rlhf
 from experiments.lab import WORLD
+from experiments.losses import unlikelihood_loss
 from experiments.questions import __main__ as runner
-from experiments.questions import coverage, displacement, kl_penalty, over_optimisation
-from experiments.questions import overfitting, ppo, sft_first, stuck, tuning
+from experiments.questions import coverage, displacement, kl_penalty, label_noise
+from experiments.questions import other_losses, over_optimisation, overfitting, ppo
+from experiments.questions import reward_model, sft_first, stuck, tuning
 from tests.helpers import expect
 
 NAMES = runner.names()
@@ -26,6 +28,8 @@ OTHERWISE = {  # what would have to be measured for the other answer
     "over_optimisation": lambda row: {"expected_reward": row["kl"]},
     "ppo": lambda row: {"expected_reward": float(row["method"] == "DPO")},
     "tuning": lambda row: {"gap_closed": 1.0 if row["method"] == "DPO" else row["lr"]},
+    "reward_model": lambda row: {"accuracy": 0.9},
+    "weight": lambda row: {"objective": 1.0},
 }
 
 
@@ -74,10 +78,28 @@ def test_a_yes_could_be_a_no(name):
         assert question.verdict(changed).split()[0] != answer.split()[0]
 
 
-def test_readme_has_the_answers():
-    text = runner.README.read_text(encoding="utf-8")
-    why = "run: python -m experiments.questions --all --redraw"
-    assert runner.with_answers(text) == text, why
+def test_both_readme_files_have_the_answers():
+    tables = {runner.README: runner.answers(), runner.ROOT_README: runner.yes_or_no()}
+    for path, table in tables.items():
+        text = path.read_text(encoding="utf-8")
+        why = f"{path} is out of date: python -m experiments.questions --all --redraw"
+        assert runner.with_answers(text, table) == text, why
+
+
+def test_readme_lists_yes_and_no_and_nothing_else(monkeypatch, tmp_path):
+    """An answer without a rule has no row, a question that was not measured neither."""
+    said = {"kl_penalty": "No. 1 ± 0.", "overfitting": "Yes. 2 ± 0.", "stuck": "None. 3 ± 0."}
+    monkeypatch.setattr(lab, "ASSETS", tmp_path)
+    for name, answer in said.items():
+        lab.save_csv(tmp_path / f"{name}.csv", [{"seed": 0}])
+        monkeypatch.setattr(runner.load(name), "verdict", lambda rows, answer=answer: answer)
+    assert runner.yes_or_no().splitlines()[2:] == [
+        "| Does the KL penalty keep the policy close to the reference? | no |",
+        "| Does DPO overfit when there are few pairs? | yes |",
+    ]
+    text = f"above\n{runner.BEGIN}\nold\n{runner.END}\nbelow"
+    wanted = f"above\n{runner.BEGIN}\n\nnew\n\n{runner.END}\nbelow"
+    assert runner.with_answers(text, "new") == wanted
 
 
 def test_a_quick_run_writes_its_files_and_leaves_readme_alone(tmp_path, monkeypatch, capsys):
@@ -93,6 +115,7 @@ def test_a_quick_run_writes_its_files_and_leaves_readme_alone(tmp_path, monkeypa
         path.touch()
 
     readme = runner.README.read_text(encoding="utf-8")
+    root_readme = runner.ROOT_README.read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runner, "run", run)
     monkeypatch.setattr(Figure, "savefig", savefig)
@@ -103,6 +126,7 @@ def test_a_quick_run_writes_its_files_and_leaves_readme_alone(tmp_path, monkeypa
     assert (tmp_path / "out-quick" / "stuck.png").exists()
     assert stuck.verdict(rows) in capsys.readouterr().out
     assert runner.README.read_text(encoding="utf-8") == readme
+    assert runner.ROOT_README.read_text(encoding="utf-8") == root_readme
 
 
 def test_a_question_in_parts_has_a_job_for_each(monkeypatch):
@@ -394,3 +418,138 @@ def test_settings_near_the_best_are_counted_at_each_beta():
             rows.append({"seed": 0, "method": "DPO", "beta": beta, "gap_closed": gain})
     assert tuning.BETAS == list(gains)
     assert tuning.near_the_best(rows, "DPO") == [{"seed": 0, "fraction": 0.5}]
+
+
+@pytest.fixture
+def three_responses():
+    """A reference that says "good", "dull" and nothing, with true rewards 2, -2 and 0 of the film.
+
+    It draws the pairs good-dull, good-nothing and dull-nothing in proportion 0.3, 0.2 and 0.12.
+    The rewards 0, 1 and 2 rank only the last of them right.
+    """
+    said = [WORLD.responses.index(y) for y in (" good", " dull", "")]
+    assert WORLD.rewards[0, said].tolist() == [2, -2, 0]
+    ref = torch.full_like(WORLD.rewards, -math.inf)
+    ref[:, said] = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    rewards = torch.zeros_like(ref)
+    rewards[:, said] = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    return ref[:1], rewards[:1]
+
+
+def test_agreement_with_the_true_reward_by_hand(three_responses, monkeypatch):
+    ref, rewards = three_responses
+    expect(reward_model.ranks(torch.tensor([5.0, 1.0, 5.0])), [2.5, 1, 2.5], "ranks with a tie")
+    itself = reward_model.agreement(2 * WORLD.rewards + 3, WORLD.rewards.log_softmax(-1))
+    assert itself == pytest.approx({"rank_correlation": 1, "accuracy": 1})
+    monkeypatch.setattr(WORLD, "rewards", WORLD.rewards[:1])
+    found = reward_model.agreement(rewards, ref)["accuracy"]
+    expect(found, 0.12 / 0.62, "one of three pairs is right", 1e-6)
+    tied = rewards.clamp(min=1)  # good and dull
+    found = reward_model.agreement(tied, ref)["accuracy"]
+    expect(found, (0.3 / 2 + 0.12) / 0.62, "one pair is right, and one is tied: 1/2", 1e-6)
+
+
+def test_calibration_by_hand(three_responses, monkeypatch):
+    """Margins of 1 (dull over good, nothing over dull) and of 2 (nothing over good)."""
+    ref, rewards = three_responses
+    monkeypatch.setattr(WORLD, "rewards", WORLD.rewards[:1])
+    by_one, by_two = reward_model.calibration(rewards, ref)
+    assert (by_one["part"], by_two["part"]) == (4, 7), "0.73 is in [0.7, 0.75], 0.88 in [0.85, 0.9]"
+    expect(by_one["says"], 0.731059, "sigma(1)", 1e-6)
+    expect(by_two["says"], 0.880797, "sigma(2)", 1e-6)
+    dull_over_good = 0.017986  # Eq. 1 on -2 and 2
+    nothing_over_dull = 0.880797  # on 0 and -2
+    nothing_over_good = 0.119203  # on 0 and 2
+    true = (0.3 * dull_over_good + 0.12 * nothing_over_dull) / 0.42
+    expect(by_one["is"], true, "the true P of two pairs, by Eq. 1", 1e-6)
+    expect(by_two["is"], nothing_over_good, "the true P of the third pair", 1e-6)
+
+
+def test_unlikelihood_is_dpos_push_without_its_weight():
+    """Descent on one moves along that of the other: Eq. 7's gradient is beta * weight times it."""
+    logps = torch.tensor([[-3.0, -9.0, -5.0], [-4.0, -2.0, -5.0]], requires_grad=True)
+    ref = torch.tensor([[-4.0, -3.0, -5.0], [-6.0, -4.0, -5.0]])
+    found = dpo.dpo_loss(*logps, *ref, beta=0.3)
+    (ours,) = torch.autograd.grad(found.losses.sum(), logps)
+    (theirs,) = torch.autograd.grad(unlikelihood_loss(*logps, *ref).sum(), logps)
+    expect(theirs, [[-1, -1, -1], [1, 1, 1]], "the push of unlikelihood: equally hard on all pairs")
+    margins = torch.tensor([-0.3, -2.4, 0.0])  # beta times 1 - 2, -6 - 2, 0
+    weights = torch.sigmoid(-margins)
+    for one, other in zip(ours, theirs):
+        expect(one / other, 0.3 * weights, "beta * weight of each pair", 1e-6)
+
+
+def test_where_a_pair_that_never_flips_comes_to_rest(sft):
+    """cDPO: sigma(m) = 1 - e. IPO: m = 1/2. DPO: nowhere."""
+    for loss, rest in {"cdpo": math.log(0.9 / 0.1), "ipo": 0.5}.items():
+        for beta in (0.3, 1.0, 10.0):
+            *_, (_, ratio) = other_losses.certain(0, loss, beta, 260)
+            expect(beta * ratio, rest, f"the margin at the end of {loss}, beta {beta}", 0.05)
+    for beta in (0.3, 1.0, 10.0):
+        ratios = [ratio for _, ratio in other_losses.certain(0, "dpo", beta, 260)]
+        assert ratios[0] == 0 and ratios == sorted(ratios), f"DPO turns back at beta {beta}"
+        assert beta * ratios[-1] > 3, f"DPO at beta {beta}: {ratios}"
+
+
+def test_dpo_of_means_by_hand():
+    """Log-ratios of 2 nats over 2 tokens and of -3 over 3: a margin of 2 beta, not of 5 beta."""
+    logps = torch.tensor([[-4.0], [-9.0], [-6.0], [-6.0]])
+    lengths = torch.tensor([[2.0], [3.0]])
+    found = other_losses.dpo_of_means(*logps, *lengths, beta=0.5).losses
+    mistakes = {"sums are taken": [0.078889]}  # log(1 + exp(-2.5))
+    why = "Eq. 7 with means over tokens"
+    expect(found, [0.313262], f"{why}: log(1 + exp(-1))", 1e-6, mistakes)
+
+
+@pytest.fixture
+def trained_on(sft, monkeypatch):
+    """A function: the losses (200,) that a run of label_noise descends on. Every other response has
+    gained a nat over the reference, so the log-ratios of pairs are -1, 0 and 1."""
+    _, ref = sft
+    moved = ref.clone()
+    moved[:, ::2] += 1.0
+
+    def losses(flip, loss, soft=False):
+        seen = []
+
+        def descend(policy, losses_of, n, *_):
+            seen.append(losses_of(moved, torch.arange(n)))
+            yield 0, ref
+
+        monkeypatch.setattr(lab, "descend", descend)
+        label_noise.run(0, 200, 5, flip, loss, soft)
+        return seen[0]
+
+    return losses
+
+
+def log_ratios(pairs):
+    chosen_moved = pairs.chosen % 2 == 0
+    rejected_moved = pairs.rejected % 2 == 0
+    return chosen_moved.double() - rejected_moved.double()
+
+
+def test_a_loss_is_told_the_fraction_of_flipped_labels(trained_on):
+    """Two fifths are flipped. The losses by hand; IPO's tau is 1/4."""
+    m = log_ratios(lab.draw_pairs(0, 200, flip=0.4))
+    assert set(m.tolist()) == {-1, 0, 1}
+    ours = (1 + (-m).exp()).log()
+    of_reversed = (1 + m.exp()).log()
+    wanted = {
+        "dpo": ours,
+        "cdpo": 0.6 * ours + 0.4 * of_reversed,
+        "robust": (0.6 * ours - 0.4 * of_reversed) / 0.2,
+        "ipo": (m - 2) ** 2,
+    }
+    for loss, losses in wanted.items():
+        why = f"{loss} with two fifths of the labels flipped"
+        expect(trained_on(0.4, loss), losses, why, 1e-9)
+
+
+def test_soft_labels_are_not_drawn(trained_on):
+    pairs = lab.draw_pairs(0, 200)
+    m = log_ratios(pairs)
+    p = lab.true_margins(pairs).sigmoid()  # Eq. 1
+    losses = p * (1 + (-m).exp()).log()
+    losses += (1 - p) * (1 + m.exp()).log()
+    expect(trained_on(0.0, "dpo", soft=True), losses, "p L(w, l) + (1 - p) L(l, w)", 1e-9)

@@ -7,7 +7,8 @@
     python -m experiments.questions --all --redraw       from the CSV files, without measuring
 
 Each answer is a table and a figure, assets/NAME.csv and assets/NAME.png, and a row in
-experiments/README.md. A file in this folder is a question. It has
+experiments/README.md. README.md has a row for each answer that begins with "Yes." or "No.". A file
+in this folder is a question. It has
 
     a docstring     the question on its first line, what the paper says, what was found
     SECONDS         a guess of what `measure` takes for one seed, to tell how much time is left
@@ -36,6 +37,7 @@ from experiments import lab
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+ROOT_README = HERE.parents[1] / "README.md"
 BEGIN = "<!-- answers: python -m experiments.questions -->"
 END = "<!-- end of answers -->"
 
@@ -123,7 +125,7 @@ def report(job, jobs, done, spent):
     print(f"{len(done)}/{len(jobs)}  {name}  {spent:.0f} s, {left:.0f} s left", flush=True)
 
 
-# The answers in README
+# The answers in both README files
 
 
 def answers():
@@ -140,11 +142,29 @@ def answers():
     return "\n".join(lines)
 
 
-def with_answers(text):
-    """The text of README with the table of answers as it should be."""
+def yes_or_no():
+    """The table of README.md: the questions whose answer begins with "Yes." or "No."."""
+    lines = ["| question | answer |", "|---|---|"]
+    for name in names():
+        if not (lab.ASSETS / f"{name}.csv").exists():
+            continue
+        question = load(name)
+        first_word = question.verdict(lab.saved(name)).split()[0]
+        if first_word in ("Yes.", "No."):
+            lines.append(f"| {asked(question)} | {first_word.lower().removesuffix('.')} |")
+    return "\n".join(lines)
+
+
+def with_answers(text, table):
+    """The text of a README file with this table between its two comments."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{answers()}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+
+
+def update(path, table):
+    text = path.read_text(encoding="utf-8")
+    path.write_text(with_answers(text, table), encoding="utf-8")
 
 
 # The command
@@ -198,8 +218,8 @@ def main():
         print(question.verdict(rows))
         print(f"See {folder.name}/{name}.csv and {name}.png")
     if not args.quick:
-        text = README.read_text(encoding="utf-8")
-        README.write_text(with_answers(text), encoding="utf-8")
+        update(README, answers())
+        update(ROOT_README, yes_or_no())
     if failed:
         sys.exit(f"not measured, see the errors above: {', '.join(failed)}")
 
