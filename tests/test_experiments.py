@@ -8,7 +8,7 @@ import torch
 
 import data
 import dpo
-from experiments import claims, frontier, lab, losses, rlhf
+from experiments import frontier, lab, losses, rlhf
 from experiments.lab import WORLD
 from model import GPT, load
 from tests.helpers import descend, expect, lines_of, run
@@ -397,43 +397,6 @@ def test_next_beta_by_hand():
     expect(rlhf.next_beta(2.0, 0.33, 0.3), 2.02, "10% above the target: beta 1% up")
     expect(rlhf.next_beta(2.0, 9.0, 0.3), 2.04, "far above: 2%, no more")
     expect(rlhf.next_beta(2.0, 0.0, 0.3), 1.96, "far below: 2% down, no more")
-
-
-# claims.py
-
-
-def test_leak_says_where_all_the_mass_is_and_draws_from_the_policy(monkeypatch, model, ref):
-    """Three kinds of responses share the mass; each round draws from the policy as it then is."""
-    drawn_from = []
-    draw_pairs = WORLD.draw_pairs
-
-    def spy(logps, *rest):
-        drawn_from.append(logps)
-        return draw_pairs(logps, *rest)
-
-    monkeypatch.setattr(claims, "sft", lambda *_: model)
-    monkeypatch.setattr(WORLD, "draw_pairs", spy)
-    settings = {"slip": 0.0, "pairs": 2048, "lr": 1e-2, "sft_weight": 0.0, "rounds": 2}
-    rows = list(claims.leak(WORLD, 0, 20_480, **settings))
-    for row in rows:
-        total = row["grammatical"] + row["other_paired"] + row["in_no_pair"]
-        assert total == pytest.approx(1, abs=1e-6), f"the three kinds do not add up: {row}"
-    first = rows[0]
-    assert first["margin"] == 0, "it begins at the reference"
-    assert first["accuracy"] == 0.5
-    assert first["gap_closed"] == 0
-    assert 0.05 < first["other_paired"] < 0.95, "responses that the first 1,024 pairs mention"
-    grammatical = ref.exp()[:, WORLD.grammatical].sum(-1).mean()
-    expect(first["grammatical"], grammatical, "mass of the reference on [not] [very] opinion", 1e-6)
-    last = rows[-1]
-    assert last["pairs_seen"] == 20_480
-    assert last["accuracy"] > 0.6
-    assert last["gap_closed"] != 0
-
-    of_reference, of_policy = drawn_from
-    expect(of_reference, ref, "the first round draws from the reference", 1e-4)
-    apart = dpo.kl_divergence(of_policy, of_reference)
-    assert apart.min() > 0.01, "the second round must draw from the trained policy"
 
 
 # frontier.py

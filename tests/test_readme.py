@@ -15,7 +15,7 @@ from PIL import Image
 import data
 import dpo
 import train
-from experiments import animate, frontier, lab, verdicts
+from experiments import animate, lab
 from tests.helpers import expect
 
 ROW = re.compile(r"^\| (.*) \| `(\w+)` \| `(test_\w+)` \|$", re.MULTILINE)
@@ -54,7 +54,7 @@ def functions_of(source):
     return found
 
 
-OTHER_FLAGS = {"--quick", "--generated", "--nproc_per_node", "--index-url"}
+OTHER_FLAGS = {"--list", "--all", "--quick", "--generated", "--nproc_per_node", "--index-url"}
 OTHER_FLAGS |= {"--steps", "--shape", "--batch", "--grow", "--scale", "--only"}  # of the bench
 
 
@@ -137,7 +137,7 @@ def test_the_experiments_exist(root, texts):
     """Each `python -m experiments.x` is a file with a main of its own that says how to start it."""
     text = "".join(texts.values())
     names = set(re.findall(r"python -m experiments\.(\w+)", text))
-    assert names >= {"rlhf", "frontier", "claims", "verdicts", "animate", "bench", "sample"}
+    assert names >= {"questions", "animate", "bench", "sample", "compare", "recipes", "device"}
     for name in names:
         path = root / "experiments" / f"{name}.py"
         if not path.exists():
@@ -235,169 +235,7 @@ def test_the_first_command_prints_what_readme_shows(root, readme, tmp_path):
             assert abs(got - wanted) < 0.05 * (1 + abs(wanted)), f"{found}, not {line}"
 
 
-# What assets/ holds
-
-
-def test_the_claims_are_as_measured(root, texts):
-    """assets/claims.md follows from the CSV files beside it; experiments/README.md has it line for
-    line, and README the claims with their verdicts."""
-    _, _, *table = read(root / "assets/claims.md").splitlines()
-    assert len(table) == len(verdicts.CLAIMS) == 8
-    for claim, line in zip(verdicts.CLAIMS, table):
-        name = claim.__name__
-        _, row = verdicts.verdict(claim, root / "assets")
-        assert row == line, f"assets/claims.md is out of date: {name}"
-        assert line in texts["experiments"], f"the row of {name} in experiments/README.md"
-        title, _, _, holds = line.strip("| ").split(" | ")
-        assert f"| {title} | {holds} |" in texts["."], f"the row of {name} in README.md"
-
-
-def test_the_tables_in_assets_are_as_measured(root):
-    """The Markdown that README links to follows from the CSV files beside it."""
-    assets = root / "assets"
-    shares = lab.load_csv(assets / "frontier_shares.csv")
-    table = frontier.markdown(shares, 5)
-    assert read(assets / "frontier.md") == table, "assets/frontier.md is out of date"
-    assert table.count("\n| ") == 2 * (1 + len(frontier.STYLE)), "a row is missing"
-    tables = []
-    for name, by in (("rlhf.csv", "system"), ("rlhf_reward_model.csv", "rewards")):
-        rows = lab.load_csv(assets / name)
-        columns = list(rows[0])[2:]
-        tables.append(lab.table(rows, by, columns))
-    assert read(assets / "rlhf.md") == "\n".join(tables), "assets/rlhf.md is out of date"
-
-
-# Claims in words of the course, against assets/course_*.csv, for every seed
-
-
-def course(name, seed, **wanted):
-    """The rows of one seed, and of these settings."""
-    return lab.where(lab.saved(f"course_{name}"), seed=seed, **wanted)
-
-
-def column(rows, key):
-    return [row[key] for row in rows]
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_step_3_a_learned_reward_is_over_optimised(seed):
-    rows = course("over_optimised", seed)  # from a large beta to a small one
-    promised = column(rows, "promised")
-    true = column(rows, "expected_reward")
-    assert promised == sorted(promised), "a smaller beta: more of the learned reward"
-    assert max(true) - true[-1] > 0.1, "E[r*] turns over"
-    assert true.index(max(true)) > 20, "it rises before"
-    assert rows[-1]["in_no_pair"] > 0.6, "much of the mass ends in no pair"
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_step_7_chosen_responses_fall_in_the_network_alone(seed):
-    table = column(course("displaced", seed, policy="table"), "moved")
-    assert min(table) > -0.1, "in a table of free logits no chosen response falls"
-    network = column(course("displaced", seed, policy="network"), "moved")
-    fallen = [moved for moved in network if moved < 0]
-    assert 1 <= len(fallen) <= 3, "one to three of the four"
-
-
-def test_step_8_the_weight_and_the_reference_hold_the_policy():
-    """KL to the reference at the end. Every seed of DPO lies well below every other one."""
-
-    def ends(run):
-        return [max(course("held", s, run=run), key=step_of)["kl"] for s in SEEDS]
-
-    def step_of(row):
-        return row["step"]
-
-    held = max(ends("DPO"))
-    assert held < 1
-    assert min(ends("weight left at 1/2")) > 2 * held, "nothing stops the push"
-    assert min(ends("reference copied every quarter")) > 2 * held, "the reference moves along"
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_step_8_without_sft_the_labels_are_learnt_and_the_language_is_not(seed):
-    [untrained] = course("sft_first", seed, start="untrained")
-    [chosen] = course("sft_first", seed, start="SFT on the chosen")
-    [both] = course("sft_first", seed, start="SFT on both")
-    for row in (untrained, chosen, both):
-        assert abs(row["accuracy"] - 0.8) < 0.03, row["start"]
-    assert untrained["grammatical"] < 0.1
-    assert chosen["grammatical"] > 0.6
-    assert both["grammatical"] > 0.6
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("pairs", [1_000, 3_000])
-def test_step_9_with_few_pairs_the_policys_own_are_best(pairs, seed):
-    rows = course("samplers", seed, pairs=pairs)
-    closed = {row["sampler"]: row["gap_closed"] for row in rows}
-    assert max(closed, key=closed.get) == "the policy itself"
-
-
-def test_step_9_the_order_of_samplers_with_many_pairs():
-    rows = lab.where(lab.saved("course_samplers"), pairs=30_000)
-    total = dict.fromkeys(column(rows, "sampler"), 0.0)
-    for row in rows:
-        total[row["sampler"]] += row["gap_closed"]
-    assert sorted(total, key=total.get) == ["colder", "uniform", "reference", "the policy itself"]
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_step_10_few_pairs_are_learnt_by_heart(seed):
-    start, *_, end = course("by_heart", seed)
-    assert end["own accuracy"] > 0.88
-    assert end["held out accuracy"] < 0.72
-    assert end["objective"] < start["objective"] - 2
-    assert end["in no pair"] > 0.35
-    assert start["grammatical"] > 0.1
-    assert end["grammatical"] < 0.1
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_step_10_means_in_place_of_sums_favour_long_responses(seed):
-    [best] = course("other_losses", seed, loss="pi*")
-    [sums] = course("other_losses", seed, loss="dpo")
-    [means] = course("other_losses", seed, loss="dpo of means")
-    assert abs(sums["tokens"] - best["tokens"]) < 0.03, "DPO's responses are as long as pi*'s"
-    assert means["tokens"] > best["tokens"] + 0.03, "those of means are longer"
-    assert means["kl"] > 1.5 * sums["kl"], "a weaker penalty"
-
-
-def doctored(name, row):
-    """What would have to be measured for the other verdict: a row, changed."""
-    is_dpo = row.get("method") == "DPO"
-    if name == "no_reward_model_needed":
-        accuracy = 0.6 if "DPO" in row["rewards"] else 0.9
-        return row | {"pair_accuracy": accuracy}
-    if name == "the_weight_matters":
-        return row | {"grammatical": 0.5}
-    if name == "little_tuning":
-        return row | {"gained": 1.0 if is_dpo else row["lr"]}
-    if name == "as_good_or_better":
-        return row | {"best": 1.0 if is_dpo else 0.5}
-    if name == "close_to_the_reference":
-        return row | {"kl": row["beta"]}
-    if name == "over_fitting":
-        return row | {"held_out_accuracy": row["train_accuracy"]}
-    if name == "coverage":
-        return row | {"in_no_pair": 0.01}
-    if name == "both_log_probs_fall":
-        return row | {"chosen": 1.0}
-    raise ValueError(f"{name}: a claim whose verdict is not tested")
-
-
-@pytest.mark.parametrize("claim", verdicts.CLAIMS, ids=lambda claim: claim.__name__)
-def test_the_verdicts_can_be_the_other_ones(claim, root):
-    """With other numbers each rule says no; and yes, where it says no or might have."""
-    name = claim.__name__
-    file = f"claims_{name}.csv"
-    if name == "as_good_or_better":
-        file = "frontier_shares.csv"
-    rows = lab.load_csv(root / "assets" / file)
-    changed = [doctored(name, row) for row in rows]
-    _, _, _, holds = claim(changed)
-    wanted = name in ("little_tuning", "as_good_or_better")
-    assert holds == wanted, f"{name}: the rule does not look at what was measured"
+# The animation
 
 
 def change_over(path):

@@ -139,7 +139,9 @@ def draw_differences(ax, cases):
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.invert_yaxis()
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.set(xlabel="E[r*] at equal KL, DPO minus PPO", title="blue, red: clearly ahead; grey: neither")
+    ax.set(
+        xlabel="E[r*] at equal KL, DPO minus PPO", title="blue, red: clearly ahead; grey: neither"
+    )
 
 
 def in_words(numbers):

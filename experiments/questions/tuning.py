@@ -73,7 +73,9 @@ def verdict(rows):
     answer = "No."
     if lab.mean(difference, "fraction") > 0 and lab.is_clear(lab.per_seed(difference, "fraction")):
         answer = "Yes."
-    answer += f" {PAIRS:,} pairs, {amounts(rows)}. Fraction of the settings within 10% of the best J:"
+    answer += (
+        f" {PAIRS:,} pairs, {amounts(rows)}. Fraction of the settings within 10% of the best J:"
+    )
     answer += f" DPO {lab.spread(ours, 'fraction')}, PPO {lab.spread(theirs, 'fraction')};"
     answer += f" paired difference {lab.spread(difference, 'fraction')}."
     return answer
