@@ -295,7 +295,7 @@ class Real(NamedTuple):
 def real(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     pairs = write_pairs(folder / "pairs.jsonl")
-    flags = ["--data", pairs, *SMALL, "--seed", 1]
+    flags = ["--data", pairs, *SMALL, "--seed", 1, "--beta", 0.3]
     rows = rows_of(pairs)[:30]
     cut = encode("p" * 62)  # beside a response of two tokens, in a block of 64
     rows.append(TokenPair(cut, encode("b") + [256], encode("c") + [256], "p" * 99))
@@ -331,7 +331,7 @@ def test_held_out_pairs_are_measured_before_and_after(real):
     assert summary["gap_closed"] is None
     ids = held_out_rows(summary["rows"]["reference"], ref, real.rows)
     for row, logps in zip(summary["rows"].values(), (ref, policy)):
-        rewards = 0.1 * (logps - ref)[:, ids]  # at the paper's beta
+        rewards = 0.3 * (logps - ref)[:, ids]  # at the beta of the run
         margins = rewards[0] - rewards[1]
         right = (margins > 0).double() + (margins == 0).double() / 2
         wanted = {
