@@ -77,6 +77,11 @@ V10 cDPO smoothed the wrong way |
     (1 - epsilon) * F.logsigmoid(m) - epsilon => epsilon * F.logsigmoid(m) - (1 - epsilon)
 M1 ties count 0 | () + (margins == 0).float() / 2 => ()
 # train.py
+held-out pairs at another beta | (*logps, *ref_logps, beta=beta) => (*logps, *ref_logps)
+held-out pairs: the first of the file are scored |
+    torch.randperm(len(held_out), generator=generator)[: => torch.arange(len(held_out))[:
+resume: only the last pair is compared | repr(row).encode(), checksum => repr(row).encode()
+resume: time left counts the steps of before | / (step - done) => / step
 L17 the losses are summed | (losses.sum() / len(pair_ids)) => losses.sum()
 D1 a micro-batch is averaged over its own pairs | (losses.sum() / len(pair_ids)) => losses.mean()
 D6 last rate is 0 | (steps - step + 1) => (steps - step)
@@ -132,14 +137,17 @@ B27 room for one side only | max(len(chosen), len(rejected)) => len(chosen)
 B33 equal pairs kept | if pair.chosen == pair.rejected: => if False:
 D12 the remainder of an epoch is lost | torch.cat([waiting, epoch]) => epoch
 split: a prompt may be on both sides | if key in held_out_prompts: => if len(held_out) < n_held_out:
-split: near duplicates on both sides | "".join(row.text.split()).casefold() => row.text
+split: near duplicates on both sides | comparable(row.text) => row.text
 gap closed: KL the other way round |
     dpo.kl_divergence(logps, optimum) => dpo.kl_divergence(optimum, logps)
 world: labels exchanged | generator=generator) < p => generator=generator) > p
 world: pairs not from the policy | logps.exp().multinomial => torch.ones_like(logps).multinomial
 world: the reward is a sum | return sum(opinions) / len(opinions) => return sum(opinions)
 world: the corpus teaches no end | response.index(self.W) + 1] => response.index(self.W)]
-messages: the prompt twice | if prompt in chosen and prompt in rejected: => if False:
+messages: the prompt twice | if any(whole): => if False:
+messages: whole dialogues with line ends of Windows |
+    dialogue.replace("\r\n", "\n")⏎    return text.startswith => dialogue⏎    return text.startswith
+init: its own tokenizer is not looked at | if text != expected: => if False:
 text is changed |
     tokenizer.encode_ordinary(pair.prompt) => tokenizer.encode_ordinary(pair.prompt.strip())
 # model.py
@@ -147,6 +155,7 @@ B23 causal flag forgotten | is_causal=True => is_causal=False
 D13 the head's product in bfloat16 |
     with torch.autocast(x.device.type, enabled=False): => if True:
 E3 temperature multiplies | probs = (logits / temperature) => probs = (logits * temperature)
+E5 the end token may not be 0 | if stop_token is not None: => if stop_token:
 E5 no stop at the end token | token = token.masked_fill(stopped, stop_token)⏎ => ⏎
 model: scale of the residual projections | block.mlp.c_proj.weight /= => block.mlp.c_proj.weight *=
 run, an untied head is dropped | if not torch.equal(head, embedding): => if False:
