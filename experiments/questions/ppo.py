@@ -80,20 +80,18 @@ def highest(rows, method):
 def verdict(rows):
     """Yes, if PPO is not clearly ahead in more comparisons than DPO."""
     ahead = [case["ahead"] for case in comparisons(rows)]
-    ours = ahead.count("DPO")
-    theirs = ahead.count("PPO")
     answer = "No."
-    if theirs <= ours:
+    if ahead.count("PPO") <= ahead.count("DPO"):
         answer = "Yes."
     steps = lab.where(rows, method="DPO")[0]["last"]
     answer += f" {PAIRS:,} pairs, {steps} steps: of {len(ahead)} comparisons at equal KL,"
-    answer += f" DPO is clearly ahead in {ours}, PPO in {theirs}."
-    best = highest(rows, "DPO")
-    answer += f" With hard labels DPO's E[r*] ends at {lab.spread(best, 'expected_reward')}"
-    answer += f" (KL {lab.spread(best, 'kl', digits=1)}),"
-    best = highest(rows, "PPO")
-    answer += f" PPO's at {lab.spread(best, 'expected_reward')}"
-    answer += f" ({lab.spread(best, 'kl', digits=1)})."
+    answer += f" DPO is clearly ahead in {ahead.count('DPO')}, PPO in {ahead.count('PPO')}."
+    ours = highest(rows, "DPO")
+    theirs = highest(rows, "PPO")
+    answer += f" With hard labels E[r*] is at most {lab.spread(ours, 'expected_reward')} with DPO"
+    answer += f" (at a KL of {lab.spread(ours, 'kl', digits=1)}),"
+    answer += f" {lab.spread(theirs, 'expected_reward')} with PPO"
+    answer += f" ({lab.spread(theirs, 'kl', digits=1)})."
     return answer
 
 
@@ -139,7 +137,8 @@ def draw_differences(ax, cases):
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.invert_yaxis()
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.set(xlabel="E[r*] at equal KL, DPO minus PPO", title="blue, red: clearly ahead; grey: neither")
+    ax.set(xlabel="E[r*] at equal KL, DPO minus PPO")
+    ax.set(title="blue, red: clearly ahead; grey: neither")
 
 
 def in_words(numbers):
