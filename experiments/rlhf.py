@@ -55,10 +55,16 @@ RESPONSES = padded_responses()
 
 
 def score(model, x, y):
-    """r_phi(x, y), read at the last token of the response, END included: two (B,) -> (B,)"""
+    """r_phi(x, y), read at the last token of the response, END included: two (B,) -> (B,)
+
+    Some responses are in many pairs. Each is scored once.
+    """
+    both, index = torch.stack([x, y]).unique(dim=1, return_inverse=True)
+    x, y = both
     ids = torch.cat([WORLD.prompt_ids[x], RESPONSES[y]], dim=1)  # (B, T)
     last = START + LENGTHS[y] - 1
-    return model(ids)[torch.arange(len(ids)), last]
+    scores = model(ids)[torch.arange(len(ids)), last]
+    return scores[index]
 
 
 def train_reward_model(sft, drawn, epochs=EPOCHS, seed=0, lr=5e-3, batch=512):
@@ -103,7 +109,7 @@ def all_scores(model, sft):
 # critic's 3e-3, 1e-2, 3e-2; batch 512, 1,024; 1 to 4 steps a batch; clip 0.1, 0.2, 0.4; lambda 0.8,
 # 0.95, 1. The reward model's (seeds 0 to 4): learning rate 2e-3, 5e-3, 1e-2; 2, 4, 8 epochs.
 BATCH = 512  # responses, drawn anew for every batch
-SAMPLES = 192 * BATCH  # responses in all: about half of those that 100,000 pairs hold
+SAMPLES = 384 * BATCH  # responses in all: about as many as 100,000 pairs hold
 STEPS_PER_BATCH = 2
 CRITIC_LR = 1e-2
 CLIP = 0.2

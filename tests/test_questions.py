@@ -409,8 +409,7 @@ def test_no_measured_policy_lies_above_the_curve():
 
 
 def test_settings_near_the_best_are_counted_at_each_beta():
-    """Gains of 0.5, 0.91, 1.0 and, at another beta, 0.10, 0.17, 0.20: within a tenth of the best are
-    two, then one."""
+    """Of 0.5, 0.91 and 1.0 two are within a tenth of the best; of 0.10, 0.17 and 0.20 one is."""
     gains = {0.5: [0.5, 0.91, 1.0], 2.0: [0.10, 0.17, 0.20]}
     rows = []
     for beta, column in gains.items():

@@ -14,9 +14,9 @@ loss asks for at the end, E[r*] holds up better.
 import dpo
 from experiments import lab, plots, rlhf
 
-SECONDS = 160
+SECONDS = 100
 PAIRS = 300
-SETS = 8  # of pairs, for each seed
+SETS = 5  # of pairs, for each seed
 STEPS = 400
 LOOKS = [0, 10, 20, 30, 50, 100, 150, 200, 300, 400]  # steps
 EARLY = 100

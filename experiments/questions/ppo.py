@@ -1,17 +1,24 @@
 """Is DPO as good as PPO?
 
-Section 6.1 of the paper (Figure 2, left): yes, DPO has the highest reward at every KL, even against
-PPO-GT, which sees the true reward. The labels there are deterministic. Section 5.2 expects PPO to
-be unstable, which a critic with gradients of high variance would explain.
+Section 6.1 of the paper (Figure 2, left) says that it is better: DPO has the highest reward at
+every KL, even against PPO-GT, which sees the true reward. The labels there are deterministic.
 
-Found: TODO
+Found: no. Up to a KL of 2 nats the rewards differ by less than 0.2, but PPO is clearly ahead more
+often. With Bradley-Terry's hard labels DPO stops rising at a KL of some 2.5 nats: a smaller beta
+moves the policy further away, but for no more reward. PPO's reward goes on rising. It pays with a
+reward model, a critic and as many new responses as the pairs hold. PPO-GT stays close to the curve
+of Eq. 4, so what PPO loses, it loses to its reward model. The answer would be "yes" if DPO were
+clearly ahead as often as PPO.
+
+Every look at a run counts, so both methods may stop when they are best. "Clearly" means by more
+than two standard errors of the paired differences between runs of the same seed.
 """
 
 from experiments import frontier, lab, plots
 from experiments.lab import PAIRS, STEPS
 from experiments.rlhf import BATCH, EPOCHS, SAMPLES
 
-PARTS = {"PPO hard": 160, "PPO deterministic": 160, "PPO any": 100, "DPO": 90}
+PARTS = {"PPO hard": 175, "PPO deterministic": 175, "PPO any": 150, "DPO": 70}  # any: PPO-GT
 LABELS = ["hard", "deterministic"]
 BUDGETS = [0.5, 1.0, 2.0, 4.0]  # of KL, in nats
 COLORS = {
@@ -80,20 +87,18 @@ def highest(rows, method):
 def verdict(rows):
     """Yes, if PPO is not clearly ahead in more comparisons than DPO."""
     ahead = [case["ahead"] for case in comparisons(rows)]
-    ours = ahead.count("DPO")
-    theirs = ahead.count("PPO")
     answer = "No."
-    if theirs <= ours:
+    if ahead.count("PPO") <= ahead.count("DPO"):
         answer = "Yes."
     steps = lab.where(rows, method="DPO")[0]["last"]
     answer += f" {PAIRS:,} pairs, {steps} steps: of {len(ahead)} comparisons at equal KL,"
-    answer += f" DPO is clearly ahead in {ours}, PPO in {theirs}."
-    best = highest(rows, "DPO")
-    answer += f" With hard labels DPO's E[r*] ends at {lab.spread(best, 'expected_reward')}"
-    answer += f" (KL {lab.spread(best, 'kl', digits=1)}),"
-    best = highest(rows, "PPO")
-    answer += f" PPO's at {lab.spread(best, 'expected_reward')}"
-    answer += f" ({lab.spread(best, 'kl', digits=1)})."
+    answer += f" DPO is clearly ahead in {ahead.count('DPO')}, PPO in {ahead.count('PPO')}."
+    ours = highest(rows, "DPO")
+    theirs = highest(rows, "PPO")
+    answer += f" With hard labels E[r*] is at most {lab.spread(ours, 'expected_reward')} with DPO"
+    answer += f" (at a KL of {lab.spread(ours, 'kl', digits=1)}),"
+    answer += f" {lab.spread(theirs, 'expected_reward')} with PPO"
+    answer += f" ({lab.spread(theirs, 'kl', digits=1)})."
     return answer
 
 
@@ -139,9 +144,8 @@ def draw_differences(ax, cases):
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.invert_yaxis()
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.set(
-        xlabel="E[r*] at equal KL, DPO minus PPO", title="blue, red: clearly ahead; grey: neither"
-    )
+    ax.set(xlabel="E[r*] at equal KL, DPO minus PPO")
+    ax.set(title="blue, red: clearly ahead; grey: neither")
 
 
 def in_words(numbers):

@@ -11,10 +11,10 @@ DPO's fraction were clearly larger; it might be if PPO's other settings were in 
 """
 
 from experiments import lab, plots, rlhf
-from experiments.rlhf import EPOCHS, SAMPLES
 
 PARTS = {"PPO": 190, "DPO": 60}
-PAIRS = 50_000  # PPO draws SAMPLES = 98,304 responses, about as many as the pairs hold
+PAIRS = 50_000
+SAMPLES = rlhf.SAMPLES // 2  # responses that PPO draws, about as many as the pairs hold
 STEPS = 400  # of DPO: eight passes over the pairs
 BETAS = [0.5, 2.0]
 LEARNING_RATES = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
@@ -27,7 +27,7 @@ def measure(seed, quick, part):
     pairs = lab.draw_pairs(seed, PAIRS)
     steps = STEPS
     samples = SAMPLES
-    epochs = EPOCHS
+    epochs = rlhf.EPOCHS
     if quick:
         steps = STEPS // 4
         samples = SAMPLES // 8
@@ -73,9 +73,7 @@ def verdict(rows):
     answer = "No."
     if lab.mean(difference, "fraction") > 0 and lab.is_clear(lab.per_seed(difference, "fraction")):
         answer = "Yes."
-    answer += (
-        f" {PAIRS:,} pairs, {amounts(rows)}. Fraction of the settings within 10% of the best J:"
-    )
+    answer += f" {PAIRS:,} pairs, {amounts(rows)}. Fraction of settings within 10% of the best J:"
     answer += f" DPO {lab.spread(ours, 'fraction')}, PPO {lab.spread(theirs, 'fraction')};"
     answer += f" paired difference {lab.spread(difference, 'fraction')}."
     return answer
