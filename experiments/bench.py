@@ -1,7 +1,6 @@
 """How fast is the training step? Beside TRL's DPOTrainer and the authors' method, on equal work.
 
-    python -m experiments.bench [--data pairs.jsonl] [--shape 6,6,384] [--only ours TRL]
-    python -m experiments.bench --grow    how the cost grows with prompts, responses and batches
+    python -m experiments.bench [--data pairs.jsonl] [--only ours TRL] [--steps 5]
 
 All have the same GPT-2-shaped weights and the same batches, AdamW at 1e-5, beta 0.1, gradients
 clipped to 1, no dropout. Each contender is a process of its own, for its peak memory; only one
@@ -11,7 +10,9 @@ left out.
 """
 
 import argparse
+import functools
 import importlib.util
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -32,141 +33,154 @@ try:
 except ImportError:  # Windows: the column of peak memory is left out
     resource = None
 
-BETA, LR, BATCH, MICRO, VOCAB = 0.1, 1e-5, 8, 8, 50257  # MICRO: pairs at a time
-GROWTH = [(16, 32, 8), (64, 32, 8), (256, 32, 8), (512, 32, 8),  # tokens of prompt, of responses,
-          (64, 8, 8), (64, 128, 8), (64, 32, 2), (64, 32, 32)]  # pairs a batch  # fmt: skip
-LOSS_STEPS, ROUNDS, TRL_STEPS = 10, 5, 60  # the first ten, whose losses are shown, warm up as well
-FOUND = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-DEVICE = FOUND.type if FOUND else "cpu"
+BETA = 0.1
+LR = 1e-5
+BATCH = 8  # pairs
+VOCAB = 50257
+FIRST_STEPS = 10  # whose losses are shown; they warm up as well
+ROUNDS = 5  # of alternating turns
+MOST_STEPS = 10  # in a turn
+TRL_STEPS = FIRST_STEPS + ROUNDS * MOST_STEPS  # TRL is told beforehand when to end
+DEVICE = "cpu"
+if torch.accelerator.is_available():
+    DEVICE = torch.accelerator.current_accelerator().type
 
 
-def made_up(n, prompt=None, response=None):
-    """n pairs of random tokens. Lengths are given, or spread like those of instruction pairs."""
+def made_up(n, response=16):
+    """n pairs of random tokens. Lengths are spread like those of instruction pairs, with responses
+    of `response` tokens on average and an end token."""
     random = torch.Generator().manual_seed(0)
 
-    def part(mean, least, length):
-        spread = torch.empty(1).exponential_(1 / (mean - least), generator=random).item()
-        length = length or min(int(least + spread + 0.5), 3 * mean)
+    def tokens(least, mean):
+        beyond = torch.empty(1).exponential_(1 / (mean - least), generator=random).item()
+        length = min(int(least + beyond + 0.5), 3 * mean)
         return torch.randint(VOCAB - 1, (length,), generator=random).tolist()
 
-    def row():
-        both = [part(16, 4, response and response - 1) + [VOCAB - 1] for _ in range(2)]
-        return data.TokenPair(part(44, 30, prompt), *both)
-
-    return [row() for _ in range(n)]
+    rows = []
+    for _ in range(n):
+        chosen = tokens(4, response) + [VOCAB - 1]
+        rejected = tokens(4, response) + [VOCAB - 1]
+        rows.append(data.TokenPair(tokens(30, 44), chosen, rejected))
+    return rows
 
 
 # The contenders: each yields the mean loss of every optimiser step, as it was before the step
 
 
-def batches(rows, batch):
+def batches(rows):
     """The same for all contenders: pair ids (B,), without end."""
-    return data.batches(rows, min(batch, len(rows)), torch.Generator().manual_seed(2))
+    return data.batches(rows, BATCH, torch.Generator().manual_seed(2))
 
 
-def ours(rows, folder, batch, dtype="float32", compiled=False):
+def ours(rows, folder, dtype="float32", compiled=False):
     """train.py's step: two plain rows a pair, the reference's log-probs computed once."""
     model = GPT.from_pretrained(folder).to(DEVICE)
     optimizer = lab.adamw(model, LR)
-    ref = lab.all_logps(model, rows, MICRO, dtype)
+    ref = lab.all_logps(model, rows, BATCH, dtype)
     if compiled:
         model.compile(dynamic=True)
-    settings = {"ref_logps": ref, "beta": BETA, "micro_batch_size": MICRO, "dtype": dtype}
-    for ids in batches(rows, batch):
+    settings = {"ref_logps": ref, "beta": BETA, "dtype": dtype}
+    for ids in batches(rows):
         losses, _ = lab.train_step(model, optimizer, rows, ids, **settings)
         yield losses.mean()
 
 
-def shared(rows, folder, batch):
+def shared(rows, folder):
     """Ours, but both responses of a pair share one row and the tokens of its prompt."""
     model = GPT.from_pretrained(folder).to(DEVICE)
     optimizer = lab.adamw(model, LR)
-    ref = lab.all_logps(model, rows, MICRO)
-    for ids in batches(rows, batch):
-        yield update(model, optimizer, (
-            (*shared_row.response_logps(model, shared_row.collate(rows, part).to(DEVICE)),
-             *ref[:, part]) for part in ids.split(MICRO)), len(ids))  # fmt: skip
+    ref = lab.all_logps(model, rows, BATCH)
+    for ids in batches(rows):
+        batch = shared_row.collate(rows, ids).to(DEVICE)
+        logps = shared_row.response_logps(model, batch)
+        yield update(model, optimizer, logps, ref[:, ids])
 
 
-def authors(rows, folder, batch):
+def authors(rows, folder):
     """The authors' method: a logit for every token, and the reference again in every step."""
-    policy, reference = (GPT.from_pretrained(folder).to(DEVICE) for _ in range(2))
+    policy = GPT.from_pretrained(folder).to(DEVICE)
+    reference = GPT.from_pretrained(folder).to(DEVICE)
     optimizer = torch.optim.AdamW(policy.parameters(), LR, (0.9, 0.95), weight_decay=0.0)
 
-    def logps(model, ids, mask):
-        every = model(ids)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-        return torch.where(mask[:, 1:], every, 0).sum(-1).chunk(2)  # chosen rows come first
+    def response_logps(model, ids, mask):
+        logps = model(ids)[:, :-1].log_softmax(-1)
+        logps = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)
+        return torch.where(mask[:, 1:], logps, 0).sum(-1)
 
-    for pair_ids in batches(rows, batch):
-        ids, mask = (tensor.to(DEVICE) for tensor in data.collate(rows, pair_ids.tolist()))
-
-        def four(part):  # of a batch that is padded first, then cut
-            both = torch.cat([part, part + len(pair_ids)])
-            with torch.no_grad():
-                ref = logps(reference, ids[both], mask[both])
-            return *logps(policy, ids[both], mask[both]), *ref
-
-        parts = torch.arange(len(pair_ids)).split(MICRO)
-        yield update(policy, optimizer, map(four, parts), len(pair_ids))
+    for pair_ids in batches(rows):
+        ids, mask = data.collate(rows, pair_ids.tolist())
+        ids = ids.to(DEVICE)
+        mask = mask.to(DEVICE)
+        with torch.no_grad():
+            ref = response_logps(reference, ids, mask)
+        logps = response_logps(policy, ids, mask)
+        yield update(policy, optimizer, logps.chunk(2), ref.chunk(2))
 
 
-def update(model, optimizer, parts, n):
-    """parts: the four log-probs of some pairs, n in all, computed when they are asked for."""
+def update(model, optimizer, logps, ref_logps):
+    """One step on log-probs of chosen and rejected responses, (B,) each. Returns its loss."""
+    loss = dpo.dpo_loss(*logps, *ref_logps, beta=BETA).losses.mean()
     optimizer.zero_grad()
-    total = 0.0
-    for logps in parts:
-        loss = dpo.dpo_loss(*logps, beta=BETA).losses.sum() / n
-        loss.backward()
-        total += loss.detach()
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    return total
+    return loss.detach()
 
 
-def trl(rows, folder, batch, precompute=False):
+def trl(rows, folder, precompute=False):
     from experiments import bench_trl  # it wants trl and transformers
 
-    order = batches(rows, batch)
-    picked = [rows[i] for _ in range(TRL_STEPS) for i in next(order)]
+    in_order = []
+    for ids in itertools.islice(batches(rows), TRL_STEPS):
+        in_order += [rows[i] for i in ids]
     config = dict(
-        beta=BETA, learning_rate=LR, adam_beta2=0.95, max_steps=TRL_STEPS, max_grad_norm=1.0,
-        per_device_train_batch_size=min(batch, MICRO), precompute_ref_log_probs=precompute,
-        gradient_accumulation_steps=max(1, batch // MICRO), use_cpu=DEVICE == "cpu",
-    )  # fmt: skip
-    return bench_trl.trl(picked, folder, VOCAB, config)
+        beta=BETA,
+        learning_rate=LR,
+        adam_beta2=0.95,
+        max_steps=TRL_STEPS,
+        max_grad_norm=1.0,
+        per_device_train_batch_size=BATCH,
+        precompute_ref_log_probs=precompute,
+        use_cpu=DEVICE == "cpu",
+    )
+    return bench_trl.trl(in_order, folder, VOCAB, config)
 
 
 CONTENDERS = {
     "ours": ours,
-    "ours, bfloat16": lambda *args: ours(*args, dtype="bfloat16"),
-    "ours, compiled": lambda *args: ours(*args, compiled=True),
-    "ours, bfloat16, compiled": lambda *args: ours(*args, dtype="bfloat16", compiled=True),
+    "ours, bfloat16": functools.partial(ours, dtype="bfloat16"),
+    "ours, compiled": functools.partial(ours, compiled=True),
+    "ours, bfloat16, compiled": functools.partial(ours, dtype="bfloat16", compiled=True),
     "shared prompt": shared,
     "authors' method": authors,
     "TRL": trl,
-    "TRL, reference precomputed": lambda *args: trl(*args, precompute=True),
+    "TRL, reference precomputed": functools.partial(trl, precompute=True),
 }
 
 
 # Taking turns
 
 
-def serve(name, rows, folder, batch, pipe):
+def serve(name, rows, folder, pipe):
     """In a process of its own: for each n received, n steps -> (seconds, losses, peak bytes)."""
-    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # TRL talks
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # TRL talks
+    sys.stderr = sys.stdout
     warnings.simplefilter("ignore")
     as_train_sets_it()
     try:
-        steps = CONTENDERS[name](rows, folder, batch)
+        steps = CONTENDERS[name](rows, folder)
         while n := pipe.recv():
-            seconds, losses = [], []
+            seconds = []
+            losses = []
             for _ in range(n):
                 start = time.perf_counter()
-                losses.append(next(steps).item())  # .item() waits for the device
+                loss = next(steps).item()  # .item() waits for the device
                 seconds.append(time.perf_counter() - start)
+                losses.append(loss)
             pipe.send((seconds, losses, peak()))
     except Exception as error:  # no compiler, no memory: the others go on
-        pipe.send(f"{type(error).__name__}: {error}"[:300])
+        message = f"{type(error).__name__}: {error}"
+        pipe.send(message[:300])
 
 
 def as_train_sets_it():
@@ -180,36 +194,40 @@ def peak():
         return torch.cuda.max_memory_allocated()
     if resource is None:
         return None
-    kilo = 1 if sys.platform == "darwin" else 1024
-    return kilo * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        return most
+    return 1024 * most
 
 
-def race(names, rows, folder, steps, batch=BATCH, first=LOSS_STEPS, rounds=ROUNDS):
+def race(names, rows, folder, steps, rounds=ROUNDS):
     """A few steps of each, then in turn `steps` of each, `rounds` times, a large matrix product
-    between -> {name: (seconds a step in each round, first losses, peak bytes)}, its flop/s."""
+    between -> what `show` wants of each that did not fail, by name; the product's flop/s."""
     context = multiprocessing.get_context("spawn")
-    pipes, found, speeds = {}, {}, []
+    pipes = {}
+    found = {}
     for name in names:
-        pipes[name], theirs = context.Pipe()
-        args = name, rows, folder, batch, theirs
+        pipe, theirs = context.Pipe()
+        args = (name, rows, folder, theirs)
         context.Process(target=serve, args=args, daemon=True).start()
         theirs.close()  # so that a contender that dies is an EOFError here, and no endless wait
-        pipes[name].send(first)
-        answer = pipes[name].recv()
+        pipe.send(FIRST_STEPS)
+        answer = pipe.recv()
         if isinstance(answer, str):
             print(f"{name} failed: {answer}")
-            del pipes[name]
             continue
-        _, losses, most = answer
-        found[name] = [], losses, [most]
         print(f"{name}: first steps done", file=sys.stderr)
+        _, losses, _ = answer
+        found[name] = {"seconds": [], "losses": losses}
+        pipes[name] = pipe
+    speeds = []
     for _ in range(rounds):
         speeds.append(matrix_speed())
         for name, pipe in pipes.items():
             pipe.send(steps)
             seconds, _, most = pipe.recv()
-            found[name][0].append(statistics.mean(seconds))
-            found[name][2].append(most)
+            found[name]["seconds"].append(statistics.mean(seconds))
+            found[name]["peak"] = most
     for pipe in pipes.values():
         pipe.send(0)
     return found, statistics.median(speeds)
@@ -218,88 +236,97 @@ def race(names, rows, folder, steps, batch=BATCH, first=LOSS_STEPS, rounds=ROUND
 def matrix_speed():
     """Flop/s of a large float32 (on CUDA: TF32) matrix product here and now."""
     as_train_sets_it()
-    n = 8192 if DEVICE == "cuda" else 2048
+    n = 2048
+    if DEVICE == "cuda":
+        n = 8192
     a, b = torch.randn(2, n, n, device=DEVICE)
     (a @ b).sum().item()
     start = time.perf_counter()
     for _ in range(3):
         (a @ b).sum().item()
-    return 3 * 2 * n**3 / (time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return 3 * 2 * n**3 / seconds
 
 
-def useful_flops(rows, config, batch=BATCH):
+def useful_flops(rows, config):
     """Of a step on average: each token of prompt and responses once, the head where it is scored,
     times 3 for forward and backward. No padding, no prompt twice, no reference."""
-    C, total = config.n_embd, 0
+    C = config.n_embd
+    total = 0
     for row in rows:
-        x, w, l = len(row.prompt), len(row.chosen), len(row.rejected)
-        tokens, scored = x + w + l - 2, w + l
-        seen = x * (x + 1) / 2 + sum(x * (y - 1) + y * (y - 1) / 2 for y in (w, l))
-        total += config.n_layer * (24 * tokens * C**2 + 4 * seen * C) + 2 * scored * C * VOCAB
-    return 3 * batch * total / len(rows)
+        prompt = len(row.prompt)
+        fed = prompt
+        seen = prompt * (prompt + 1) / 2  # each token sees itself and what comes before it
+        for response in (row.chosen, row.rejected):
+            n = len(response) - 1  # the last token is scored, but never fed
+            fed += n
+            seen += n * prompt + n * (n + 1) / 2
+        scored = len(row.chosen) + len(row.rejected)
+        layer = 24 * fed * C**2 + 4 * seen * C
+        total += config.n_layer * layer + 2 * scored * C * VOCAB
+    return 3 * BATCH * total / len(rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="pairs as train.py reads them, with GPT-2's tokens")
-    parser.add_argument("--shape", default="6,6,384", help="layers, heads, width")
-    most = range(1, 1 + (TRL_STEPS - LOSS_STEPS) // ROUNDS)  # TRL is told beforehand when to end
-    parser.add_argument("--steps", type=int, default=5, choices=most, help="steps of a turn")
     parser.add_argument("--only", default=list(CONTENDERS), nargs="+", choices=CONTENDERS)
-    parser.add_argument("--batch", type=int, default=BATCH, help="pairs a step, 8 at a time")
-    parser.add_argument("--grow", action="store_true", help="the table of growth instead")
+    possible = range(1, MOST_STEPS + 1)
+    parser.add_argument("--steps", type=int, default=5, choices=possible, help="steps of a turn")
     args = parser.parse_args()
-    n_layer, n_head, n_embd = map(int, args.shape.split(","))
-    config = GPTConfig(VOCAB, 1024, n_embd, n_layer, n_head)
-    rows = made_up(8 * 125)
-    if args.data:
-        rows = data.encode_pairs(data.load_pairs(args.data), data.get_tokenizer("gpt2"), 1024)
-    names = [name for name in args.only if importlib.util.find_spec("trl") or "TRL" not in name]
-    if len(names) < len(args.only):
+    names = args.only
+    if importlib.util.find_spec("trl") is None:
         print("TRL is not installed: pip install -r tests/peers/requirements.txt")
-    where = f"{torch.get_num_threads()} threads, {DEVICE}, torch {torch.__version__}"
-    print(f"layers, heads, width {args.shape}; {where}")
+        names = [name for name in names if "TRL" not in name]
+    if args.data:
+        tokenizer = data.get_tokenizer("gpt2")
+        rows = data.encode_pairs(data.load_pairs(args.data), tokenizer, 1024)
+    else:
+        rows = made_up(1000)
+    config = GPTConfig(VOCAB, n_layer=6, n_head=6, n_embd=384)
+    print(f"{config}; {torch.get_num_threads()} threads, {DEVICE}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         GPT(config).save_pretrained(folder)
-        if args.grow:
-            return grow(folder)
-        found, speed = race(names, rows, folder, args.steps, args.batch)
-    show(found, speed, useful_flops(rows, config, args.batch), args.batch)
+        found, speed = race(names, rows, folder, args.steps)
+    show(found, speed, useful_flops(rows, config))
 
 
-def grow(folder):
-    print("\n| prompt | responses | pairs | ours, seconds | authors' method | faster by |")
-    print("|---" * 6 + "|")
-    for prompt, response, batch in GROWTH:
-        rows = made_up(4 * batch, prompt, response)
-        found, _ = race(["ours", "authors' method"], rows, folder, 1, batch, 1, 3)
-        ours, theirs = (statistics.median(seconds) for seconds, _, _ in found.values())
-        numbers = f"{ours:.2f} | {theirs:.2f} | {theirs / ours:.1f}"
-        print(f"| {prompt} | {response} | {batch} | {numbers} |")
-
-
-def show(found, speed, flops, batch=BATCH):
-    print(f"batches of {batch}; useful: of a large float32 product's {speed / 1e9:.0f} Gflop/s\n")
+def show(found, speed, flops):
+    """found: for each contender its seconds a step in each round, first losses and peak bytes."""
+    print(f"batches of {BATCH}; useful: of a large float32 product's {speed / 1e9:.0f} Gflop/s\n")
     heads = ["contender", "seconds a step (range)", "pairs/s", "ours is faster by", "useful"]
     if peak() is not None:
         heads.append("peak GB")
-    print(f"| {' | '.join(heads)} |")
-    print("|---" * len(heads) + "|")
-    base = found.get("ours", [[float("nan")]])[0]
-    for name, (seconds, _, peaks) in found.items():
+    print_row(heads)
+    print_row(["---"] * len(heads))
+    base = [float("nan")]
+    if "ours" in found:
+        base = found["ours"]["seconds"]
+    for name, result in found.items():
+        seconds = result["seconds"]
         middle = statistics.median(seconds)
+        pairs = BATCH / middle
+        useful = flops / middle / speed
         ratios = [their / our for their, our in zip(seconds, base)]
-        cells = [f"{middle:.3f} ({min(seconds):.3f} to {max(seconds):.3f})"]
-        cells += [f"{batch / middle:.2f}"]
-        cells += [f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
-        cells += [f"{flops / middle / speed:.0%}"]
-        if peaks[-1] is not None:
-            cells += [f"{peaks[-1] / 1e9:.2f}"]
-        print(f"| {name} |", " | ".join(cells), "|")
+        cells = [name, spread(seconds), f"{pairs:.2f}", spread(ratios), f"{useful:.0%}"]
+        if result["peak"] is not None:
+            gigabytes = result["peak"] / 1e9
+            cells.append(f"{gigabytes:.2f}")
+        print_row(cells)
     print("\nloss of the first steps")
-    for name, (_, losses, _) in found.items():
-        print(f"{name:27}", " ".join(f"{loss:.4f}" for loss in losses))
+    for name, result in found.items():
+        losses = [f"{loss:.4f}" for loss in result["losses"]]
+        print(f"{name:27}", *losses)
+
+
+def print_row(cells):
+    print(f"| {' | '.join(cells)} |")
+
+
+def spread(numbers):
+    """Median (range)."""
+    return f"{statistics.median(numbers):.3f} ({min(numbers):.3f} to {max(numbers):.3f})"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The root gives a pair two plain rows, so its prompt runs through the model twice. Here a pair is one
 row, [prompt | chosen | rejected], and the tokens with which both responses begin are shared too.
-A training step on a CPU becomes 1.4 to 1.6 times faster: experiments/bench.py compares the two.
+How much faster that makes a training step is measured by experiments/bench.py.
 
 The price is three times the code, most of it index arithmetic, and a forward pass of its own with
 positions and a mask. The mask is dense, which rules out the flash kernel on a GPU.
@@ -53,37 +53,50 @@ def collate(rows, pair_ids):
     fed, since nothing follows it. (3) Padding must see something: attention to nothing is 0/0, a
     NaN. (4) T may exceed the model's block. Positions do not, if padding does not count on.
     """
-    picked = [rows[i] for i in pair_ids]
-    B = len(picked)
-    ids, positions, forks, places, targets, owner = [], [], [], [], [], []
-    for i, pair in enumerate(picked):
+    B = len(pair_ids)
+    ids = []
+    positions = []
+    forks = []
+    places = []
+    targets = []
+    owner = []
+    for i, pair_id in enumerate(pair_ids):
+        pair = rows[pair_id]
         prompt = pair.prompt
         chosen = pair.chosen
         rejected = pair.rejected
         assert prompt, "the last prompt token predicts the first response token: no prompt, no row"
         begin = commonprefix([chosen[:-1], rejected[:-1]])
-        rest_w, rest_l = (response[len(begin) : -1] for response in (chosen, rejected))
-        ids.append(torch.tensor(prompt + begin + rest_w + rest_l))
-        trunk = len(prompt + begin)
-        fork = trunk + len(rest_w)  # here rejected leaves the trunk
-        place = torch.arange(len(ids[-1]))
-        positions.append(torch.where(place < fork, place, place - len(rest_w)))
+        rest_of_chosen = chosen[len(begin) : -1]
+        rest_of_rejected = rejected[len(begin) : -1]
+        row = prompt + begin + rest_of_chosen + rest_of_rejected
+        trunk = len(prompt) + len(begin)
+        fork = trunk + len(rest_of_chosen)  # here rejected leaves the trunk
+        position = torch.arange(len(row))
+        position[fork:] -= len(rest_of_chosen)
+        ids.append(torch.tensor(row))
+        positions.append(position)
         forks.append((trunk, fork))
 
-        path_w, path_l = place[:fork], torch.cat([place[:trunk], place[fork:]])
-        for whose, path, response in ((i, path_w, chosen), (B + i, path_l, rejected)):
-            places.append(path[len(prompt) - 1 :][: len(response)])  # each predicts the next token
+        path_of_chosen = list(range(fork))
+        path_of_rejected = list(range(trunk)) + list(range(fork, len(row)))
+        paths = [(i, path_of_chosen, chosen), (B + i, path_of_rejected, rejected)]
+        for whose, path, response in paths:
+            predicting = path[len(prompt) - 1 :]  # each place predicts the next token
+            places += predicting[: len(response)]
             targets += response
-            owner += len(response) * [whose]
+            owner += [whose] * len(response)
 
-    ids, positions = (pad_sequence(x, batch_first=True) for x in (ids, positions))  # with zeros
+    ids = pad_sequence(ids, batch_first=True)  # with zeros
+    positions = pad_sequence(positions, batch_first=True)
     T = ids.shape[1]
     mask = torch.ones(B, T, T, dtype=torch.bool).tril()
     for i, (trunk, fork) in enumerate(forks):
         mask[i, fork:, trunk:fork] = False  # rejected does not see chosen
-    targets, owner = torch.tensor(targets), torch.tensor(owner)
-    at, predicted_by = (owner % B * T + torch.cat(places)).unique(return_inverse=True)
-    return Batch(ids, positions, mask, at, predicted_by, targets, owner)
+    owner = torch.tensor(owner)
+    flattened = owner % B * T + torch.tensor(places)
+    at, predicted_by = flattened.unique(return_inverse=True)
+    return Batch(ids, positions, mask, at, predicted_by, torch.tensor(targets), owner)
 
 
 def response_logps(model, batch):
@@ -91,20 +104,22 @@ def response_logps(model, batch):
     has no rejected response. In at least float32.
     """
     B = len(batch.ids)
-    logps = dpo.at_least_float32(forward(model, batch)).log_softmax(-1)  # (M, V)
+    logits = dpo.at_least_float32(forward(model, batch))  # (M, V)
+    logps = logits.log_softmax(-1)
     logps = logps[batch.predicted_by, batch.targets]  # (N,)
     sums = logps.new_zeros(2 * B).index_add(0, batch.owner, logps)
-    return sums[:B], sums[B:]
+    return sums.chunk(2)
 
 
 def forward(model, batch):
     """model.GPT's forward pass, written out for positions and a mask: logits (M, V) at batch.at."""
     x = model.wte(batch.ids) + model.wpe(batch.positions)  # (B, T, C)
     mask = batch.mask[:, None]  # (B, 1, T, T): the same for all heads
+    heads = (3, model.config.n_head, -1)
     for block in model.h:
-        qkv = block.attn.c_attn(block.ln_1(x)).unflatten(-1, (3, model.config.n_head, -1))
+        qkv = block.attn.c_attn(block.ln_1(x)).unflatten(-1, heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n_head, T, C / n_head)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + block.attn.c_proj(mixed.transpose(1, 2).flatten(2))
-        x = x + block.mlp.c_proj(F.gelu(block.mlp.c_fc(block.ln_2(x)), approximate="tanh"))
+        x = x + block.mlp(block.ln_2(x))
     return model.head(x.flatten(0, 1)[batch.at])

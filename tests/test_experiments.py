@@ -217,7 +217,11 @@ def test_labels_that_are_always_right_and_flipped_ones(reference):
 
 def test_the_responses_of_pairs():
     """Prompt 0: 5 beats 7. Prompt 1: 7 beats 9, and 9 beats 9."""
-    drawn = data.Drawn(*torch.tensor([[0, 1, 1], [5, 7, 9], [7, 9, 9]]))
+    drawn = data.Drawn(
+        prompt=torch.tensor([0, 1, 1]),
+        chosen=torch.tensor([5, 7, 9]),
+        rejected=torch.tensor([7, 9, 9]),
+    )
     values = torch.arange(2 * 1111).view(2, 1111)
     assert lab.of_pairs(values, drawn).tolist() == [[5, 1118, 1120], [7, 1120, 1120]]
     mentioned = lab.mentioned(drawn)
@@ -229,7 +233,8 @@ def test_rows_survive_a_file(tmp_path):
     rows = [{"seed": 0, "run": "DPO", "kl": 0.5}, {"seed": 1, "run": "Eq. 4", "beta": 2.0}]
     lab.save_csv(tmp_path / "rows.csv", rows)
     assert lab.load_csv(tmp_path / "rows.csv") == rows
-    assert lab.where(rows, beta=2) == rows[1:] and lab.where(rows, kl=1) == []
+    assert lab.where(rows, beta=2) == rows[1:]
+    assert lab.where(rows, kl=1) == []
     assert lab.values(rows, "kl") == [0.5]
 
 
@@ -503,5 +508,7 @@ def test_ppo_gt_sees_the_true_reward_and_ppo_the_learned_one(reference, monkeypa
     monkeypatch.setattr(frontier, "TARGET_KLS", [2.0])
     frontier.ppo_rows(0, "any", 512, 1)
     frontier.ppo_rows(0, "hard", 512, 1)
-    assert given[0][0] is WORLD.rewards and given[1][0] is learned
-    assert [target for _, target in given] == [2.0, 2.0]
+    (true, true_target), (scored, scored_target) = given
+    assert true is WORLD.rewards
+    assert scored is learned
+    assert true_target == scored_target == 2.0

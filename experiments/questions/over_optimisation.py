@@ -36,7 +36,9 @@ def measure(seed, quick):
     rows = []
     for i in range(sets):
         pairs = lab.draw_pairs(seed, PAIRS, stream=3000 + 1000 * i)
-        for row in [*judge(seed, i, pairs), *train(seed, pairs, steps)]:
+        found = list(judge(seed, i, pairs))
+        found += train(seed, pairs, steps)
+        for row in found:
             rows.append({"seed": seed, "set": i} | row)
     return rows
 
