@@ -18,11 +18,11 @@ import dpo
 from experiments import lab, plots
 from experiments.lab import STEPS
 
-PARTS = {"number of pairs": 100, "losses": 160}
-SIZES = [1_000, 3_000, 10_000, 30_000, 100_000]  # pairs
+PARTS = {"number of pairs": 80, "losses": 110}
+SIZES = [1_000, 3_000, 10_000, 100_000]  # pairs
 LABELS = {"soft": 0.0, "hard": 0.0, "hard, a fifth flipped": 0.2}  # and the fraction flipped
 LABEL_LOOKS = {"soft": ":", "hard": "-", "hard, a fifth flipped": "--"}
-FLIPS = [0.0, 0.2, 0.4]
+FLIPS = [0.0, 0.2]
 TICKS = [-4, -2, -1, -0.5, 0, 0.5, 1]
 FEW = 10_000
 MANY = 100_000
