@@ -18,7 +18,7 @@ LOOKS = 14  # at the policy, during a run
 # One setting of each method moves it along the KL axis. The betas are the paper's 0.05, 0.1, 1 and
 # 5, and its target KLs 3, 6, 9 and 12, scaled to three words, whose KL hardly gets beyond 7 nats.
 BETAS = [0.1, 0.25, 0.5, 1.0, 2.0]  # of DPO
-TARGET_KLS = [0.5, 2.0, 4.0]  # of PPO, nats
+TARGET_KLS = [0.5, 1.0, 2.0, 4.0]  # of PPO, nats
 BEST_OF = [4, 16, 64]
 
 

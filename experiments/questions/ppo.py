@@ -18,7 +18,7 @@ from experiments import frontier, lab, plots
 from experiments.lab import PAIRS, STEPS
 from experiments.rlhf import BATCH, EPOCHS, SAMPLES
 
-PARTS = {"PPO hard": 140, "PPO deterministic": 140, "PPO any": 110, "DPO": 70}  # any: PPO-GT
+PARTS = {"PPO hard": 120, "PPO deterministic": 120, "PPO any": 100, "DPO": 60}  # any: PPO-GT
 LABELS = ["hard", "deterministic"]
 BUDGETS = [0.5, 1.0, 2.0, 4.0]  # of KL, in nats
 COLORS = {
