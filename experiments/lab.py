@@ -89,7 +89,8 @@ def reference(seed):
     def sft_losses(logps, batch):
         return -logps[x[batch], y[batch]]
 
-    return model, last(descend(model, sft_losses, len(corpus), 400, 1e-2, seed))
+    logps = last(descend(model, sft_losses, len(corpus), steps=400, lr=1e-2, seed=seed))
+    return model, logps
 
 
 def start_from(seed, kind="network"):
@@ -151,9 +152,10 @@ def mentioned(drawn):
 
 
 def descend(model, losses_of, n, steps, lr, seed, batch_size=BATCH):
-    """Minimise the mean of losses_of(logps (P, Y), batch (B,)) -> (B,), batch being indices < n.
+    """Minimise the mean of losses_of(logps (P, Y), batch (B,)) -> (B,). batch: indices below n.
 
-    As in train.py: AdamW, a warm-up, a linear decay, clipped gradients.
+    Like train.py: AdamW, a warm-up (of a twentieth of the steps), a linear decay, clipped gradients.
+    Each pass over the n is shuffled anew. What is left at its end, less than a batch, is dropped.
     Yields (step, logps) before each step and after the last.
     """
     optimizer = adamw(model, lr)
@@ -212,21 +214,34 @@ def soft_preferences(loss, drawn, ref, beta=BETA, **settings):
     return losses_of
 
 
-def train_dpo(seed, drawn, steps=STEPS, lr=1e-2, loss=dpo.dpo_loss, kind="network", **settings):
-    """DPO, or another loss, from the reference: yields (step, logps) like `descend`.
+def train_dpo(
+    seed,
+    drawn,
+    steps=STEPS,
+    lr=1e-2,
+    batch_size=BATCH,
+    loss=dpo.dpo_loss,
+    kind="network",
+    **settings,
+):
+    """DPO, or another loss, from the reference: yields (step, logps (P, Y)) like `descend`.
 
-    settings: those of the loss, such as beta.
+    settings: beta, and what else the loss takes by name.
     """
     policy, ref = start_from(seed, kind)
     losses_of = preferences(loss, drawn, ref, **settings)
-    return descend(policy, losses_of, len(drawn.prompt), steps, lr, seed)
+    return descend(policy, losses_of, len(drawn.prompt), steps, lr, seed, batch_size)
 
 
 # Exact numbers
 
 
 def measure(logps, ref, beta=BETA, prompts=slice(None)):
-    """ToyWorld.measure, the mass on grammatical responses and the entropy; means over `prompts`."""
+    """The exact numbers of a policy, means over `prompts`; logps and ref are (P, Y).
+
+    Those of ToyWorld.measure (expected_reward, kl, objective, kl_to_optimum, gap_closed), and
+    grammatical, the probability of grammatical responses, and entropy in nats.
+    """
     numbers = WORLD.measure(logps, ref, beta, prompts)
     logps = logps[prompts]
     probs = logps.exp()
@@ -358,7 +373,8 @@ def save_csv(path, rows):
 
 
 def load_csv(path):
-    """The rows of `save_csv`. What reads as a number is one; empty cells are left out."""
+    """The rows of `save_csv`. What reads as a number is one; empty cells are left out. Floats have
+    lost all but six digits."""
     rows = []
     with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -367,6 +383,7 @@ def load_csv(path):
 
 
 def to_text(value):
+    assert type(value) in (int, float, str), f"{value!r} cannot be read back from a CSV file"
     if isinstance(value, float):
         return f"{value:.6g}"
     return str(value)
@@ -400,7 +417,7 @@ def values(rows, key):
 
 
 def per_seed(rows, key):
-    """The mean of a column for each seed."""
+    """The mean of a column for each seed, over all its rows: choose one step first, by `where`."""
     found = []
     for seed in values(rows, "seed"):
         column = [row[key] for row in where(rows, seed=seed)]
@@ -430,7 +447,10 @@ def spread(rows, key, digits=2):
 
 
 def is_clear(differences):
-    """Is their mean more than two standard errors from 0? Paired differences, one per seed."""
+    """Is their mean more than two standard errors from 0? Paired differences, one per seed.
+
+    With one seed every difference is clear, so the verdict of a --quick run says little.
+    """
     middle, sd = mean_sd(differences)
     return abs(middle) > 2 * sd / len(differences) ** 0.5
 

@@ -11,7 +11,7 @@ experiments/README.md. README.md has a row for each answer that begins with "Yes
 in this folder is a question. It has
 
     a docstring     the question on its first line, what the paper says, what was found
-    SECONDS         a guess of what `measure` takes for one seed, to tell how much time is left
+    SECONDS         a guess of how many seconds `measure` takes for one seed
     measure(seed, quick)    the rows of this seed, dicts of settings and numbers
     verdict(rows)           the answer, one line of text
     draw(rows)              its Figure
@@ -182,13 +182,13 @@ def main():
     help = "processes, one thread each (default: as many as there are cores)"
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help=help)
     args = parser.parse_args()
-    chosen = args.names
+    wanted = args.names
     if args.all:
-        chosen = names()
-    for name in chosen:
+        wanted = names()
+    for name in wanted:
         if name not in names():
             parser.error(f"{name} is not one of {', '.join(names())}")
-    if args.list or not chosen:
+    if args.list or not wanted:
         for name in names():
             print(f"{name:18} {asked(load(name))}")
         return
@@ -202,10 +202,10 @@ def main():
     failed = []
     if not args.redraw:
         jobs = []
-        for name in chosen:
+        for name in wanted:
             jobs += jobs_of(name, seeds, args.quick)
         failed = run(jobs, args.workers, folder)
-    for name in chosen:
+    for name in wanted:
         if name in failed:
             continue
         if not (folder / f"{name}.csv").exists():
