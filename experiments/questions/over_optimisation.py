@@ -5,10 +5,9 @@ finds them: its reward rises, the true one falls. The paper asks how this shows 
 arXiv 2406.02900 found it on real models, often before the end of the first epoch.
 
 Found: yes. "No reward model" does not mean "no over-optimisation": the policy is one (Eq. 5) of the
-same few pairs. While the accuracy on its pairs and the KL still rise, E[r*] falls from what it was
-after 100 steps. From beta 3 to 0.3 the policy goes twice as far from the reference for no more
-reward. Sets of pairs differ much. At the smallest beta, whose margins are still far from what the
-loss asks for at the end, E[r*] holds up better.
+same few pairs. At beta 0.3, E[r*] falls after step 100 in four of five seeds, while the accuracy on
+the pairs and the KL still rise. From beta 3 to 0.3 the policy goes twice as far from the reference
+for little more reward. Seeds and sets of pairs differ much.
 """
 
 import dpo
@@ -105,10 +104,14 @@ def draw(rows):
     figure, axes = plots.panels(f"{title}, sets of pairs for each seed: {sets}", 4)
     judged = lab.where(rows, policy="judge")
     dpo_runs = lab.where(rows, policy="DPO")
-    promised = {"color": plots.ORANGE, "linestyle": "--", "label": "the judge's optimum, by itself"}
+    promised = {
+        "color": plots.ORANGE,
+        "linestyle": "--",
+        "label": "the judge's optimum, as it rates it",
+    }
     plots.line(axes[0], judged, "beta", "promised", **promised)
     for ax, key in zip(axes, ["expected_reward", "kl"]):
-        plots.line(ax, judged, "beta", key, plots.ORANGE, label="the judge's optimum")
+        plots.line(ax, judged, "beta", key, plots.ORANGE, label="the judge's optimum, by r*")
         for step, color in [(EARLY, plots.SKY), (last, plots.BLUE)]:
             mine = lab.where(dpo_runs, step=step)
             plots.line(ax, mine, "beta", key, color, label=f"DPO, {step} steps", marker=".")
