@@ -96,7 +96,7 @@ def dpo_loss(
     rejected_rewards = implicit_reward(policy_rejected_logps, ref_rejected_logps, beta)
     margins = chosen_rewards - rejected_rewards  # (6): here beta log Z(x) would cancel
     losses = -F.logsigmoid(margins)  # (7): Eq. 2 with the policy's implicit reward
-    weights = torch.sigmoid(rejected_rewards - chosen_rewards)  # section 4
+    weights = torch.sigmoid(rejected_rewards - chosen_rewards)  # section 4: autograd makes it
     return DPOLoss(losses, weights.detach(), chosen_rewards.detach(), rejected_rewards.detach())
 
 

@@ -1,4 +1,4 @@
-"""What the notebook's core needs: checks of the code that its reader writes, tables and pictures.
+"""What the notebook needs: checks of the code that its reader writes, tables and pictures.
 
 Nothing is trained here. P = 2 prompts, Y = 1,111 responses; logps and rewards are (P, Y), and x is
 the index of a prompt.
@@ -250,6 +250,19 @@ def by_seed(rows, heads):
     for row in rows:
         lines.append((row["seed"], *[row[key] for key in heads]))
     lines.append(("mean", *[lab.spread(rows, key) for key in heads]))
+    table(*lines)
+
+
+def by_value(rows, by, heads, digits=2):
+    """A row for each value of the column `by`: mean ± standard deviation over the seeds of other
+    columns. heads: {column: its heading}."""
+    lines = [(by, *heads.values())]
+    for value in lab.values(rows, by):
+        mine = lab.where(rows, **{by: value})
+        name = value
+        if not isinstance(value, str):
+            name = f"{value:,}"
+        lines.append((name, *[lab.spread(mine, key, digits) for key in heads]))
     table(*lines)
 
 

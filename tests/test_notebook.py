@@ -12,7 +12,8 @@ import torch
 from nbclient import NotebookClient
 from torch.nn import functional as F
 
-from experiments import course, lab
+from experiments import course, lab, rlhf
+from experiments.questions import overfitting, ppo
 from tests.mistakes import EQ4_MISTAKES, EQ7_MISTAKES
 
 QUESTION = re.compile(
@@ -23,6 +24,7 @@ SOLUTION = re.compile(
     r"<details><summary>Solution</summary>\n\n```python\n(.+?)\n```\n</details>", re.DOTALL
 )
 CORE = range(7)  # the first screen, and steps 1 to 6
+STEPS = range(12)  # 7 to 11 are optional
 
 
 @pytest.fixture
@@ -97,22 +99,21 @@ def minutes_of(cells):
 def test_the_minutes_are_counted(notebook):
     """The first screen's table says what the steps take. More is added for derivations and code."""
     more = {2: 3, 3: 7 + 2, 4: 3, 5: 4 + 5}
-    rows = re.findall(r"\| (?:(\d) [^|]+|this page) \| (\d+) \|", notebook.cells[0].source)
+    rows = re.findall(r"\| (?:(\d+) [^|]+|this page) \| (\d+) \|", notebook.cells[0].source)
     said = {int(number or 0): int(minutes) for number, minutes in rows}
-    assert list(said) == list(CORE)
+    assert list(said) == list(STEPS)
     for number, cells in steps_of(notebook).items():
-        if number in CORE:
-            counted = minutes_of(cells) + more.get(number, 0)
-            assert abs(counted - said[number]) <= 1, f"step {number}: {counted:.1f} minutes"
+        counted = minutes_of(cells) + more.get(number, 0)
+        assert abs(counted - said[number]) <= 1, f"step {number}: {counted:.1f} minutes"
     total = int(re.search(r"\*\*both\*\* \| \*\*(\d+)\*\*", notebook.cells[0].source)[1])
-    assert total == sum(said.values())
+    assert total == sum(said[number] for number in CORE)
     assert total <= 90
 
 
 def test_every_step_asks_before_it_shows(notebook):
     """Questions with a folded answer, before the cell that shows it."""
     steps = steps_of(notebook)
-    assert list(steps) == list(range(12))
+    assert list(steps) == list(STEPS)
     for before, cell in list(pairwise(notebook.cells)):
         if cell.cell_type == "code":
             assert before.cell_type == "markdown", f"nothing is said before: {cell.source[:80]}"
@@ -120,9 +121,9 @@ def test_every_step_asks_before_it_shows(notebook):
     asked = [int(number) for number, _, _ in QUESTION.findall(text)]
     assert asked == list(range(1, len(asked) + 1))
     assert text.count("**Question ") == text.count("<summary>Answer</summary>") == len(asked)
-    for number in CORE:
+    for number in STEPS:
         assert QUESTION.search(prose_of(steps[number])), f"step {number} tells without asking"
-    for number in CORE[1:]:
+    for number in STEPS[1:]:
         pictures = [cell for cell in code_of(steps[number]) if has_picture(cell)]
         assert pictures, f"step {number} has no picture"
 
@@ -168,6 +169,7 @@ def test_the_answers_by_hand(notebook):
     assert 3 * 3 == 9
     difference_of_log_Z = math.log(3.87) - math.log(3.14)
     logs = [math.log(0.1), (math.log(0.85) + 3 * math.log(0.01)) / 4]
+    gigabytes = [bytes_each * 124_439_808 / 1e9 for bytes_each in (4 * 4, 5 * 4)]  # GPT-2
     said = {
         2: ["1,111: 1 + 10 + 100 + 1,000"],
         4: ["Nine to one"],
@@ -179,6 +181,8 @@ def test_the_answers_by_hand(notebook):
         14: [r"\beta/2", r"3/\beta"],
         16: [f"{difference_of_log_Z:.2f}"],
         20: [f"from {4 * 0.1:.1f} to {0.85 + 3 * 0.01:.2f}", f"{logs[0]:.1f} to {logs[1]:.1f}"],
+        24: ["16, and 20", f"{gigabytes[0]:.1f} GB and {gigabytes[1]:.1f} GB"],
+        27: [f"= {math.log((1 - 0.1) / 0.1):.1f}", "at 1/2", r"\frac{1}{2\beta}", "at 1 or above"],
     }
     answers = answers_of(notebook)
     for number, wanted in said.items():
@@ -196,6 +200,19 @@ def test_the_two_directions_of_the_kl(notebook):
     assert f"charges only {reverse:.1f} nats" in prose_of(notebook.cells)
 
 
+def test_the_numbers_of_step_11(notebook):
+    """Rounding in bfloat16, the two best betas of a sweep, and why the toy's do not carry over."""
+    text = prose_of(steps_of(notebook)[11])
+    numbers = torch.arange(64, 128, 1 / 8).bfloat16().unique()
+    assert numbers.diff().unique().tolist() == [0.5]
+    assert "between 64 and 128 its numbers are 0.5 apart" in text
+    assert f"{0.6 / 0.01:.0f} times" in text
+    assert f"{3 / 1:g} nats at beta 1, which is {3 / 1 / 3:g} nat a token" in text
+    assert f"it takes {3 / 0.1:g} nats, but only {3 / 0.1 / 300:g} a token over 300" in text
+    weights = sum(weight.numel() for weight in lab.new_gpt(0).parameters())
+    assert f"{weights:,}"[:2] == "13" and "13,000 weights" in text
+
+
 def test_the_mean_of_the_logs_falls_and_the_probability_rises(notebook):
     """Step 6 says how many of the five seeds do so."""
     found = lab.where(lab.saved("displacement"), case="4 pairs, beta 0.1", policy="network")
@@ -203,6 +220,167 @@ def test_the_mean_of_the_logs_falls_and_the_probability_rises(notebook):
     assert sum(row["chosen"] < 0 for row in found) == 4
     assert sum(row["gained by chosen"] > 0 for row in found) == 4
     assert "In four of five seeds" in prose_of(notebook.cells)
+
+
+# What the optional steps say about their tables, for each seed
+
+
+def by_seed(name, **wanted):
+    """A list of the rows of each of the five seeds."""
+    found = lab.where(lab.saved(name), **wanted)
+    seeds = [lab.where(found, seed=seed) for seed in range(5)]
+    assert all(seeds)
+    return seeds
+
+
+def one(rows, **wanted):
+    (row,) = lab.where(rows, **wanted)
+    return row
+
+
+def test_step_7_chosen_responses_fall_in_the_network_and_at_eq_4():
+    for rows in by_seed("displacement", case="4 pairs, beta 0.1"):
+        assert one(rows, policy="table")["fallen"] == 0
+        assert one(rows, policy="Eq. 4")["fallen"] == 1
+    for rows in by_seed("displacement", case="2,000 pairs, beta 1"):
+        assert one(rows, policy="table")["fallen"] > 0.85
+        assert 0.45 < one(rows, policy="Eq. 4")["fallen"] < 0.6
+        assert one(rows, policy="network")["gained by in no pair"] > 0
+    for rows in by_seed("displacement", case="Eq. 4 by beta"):
+        assert -31 < one(rows, beta=0.1)["chosen"] < -28
+
+
+def test_step_8a_what_holds_the_policy():
+    for rows in by_seed("kl_penalty", table="beta"):
+        ours = lab.where(rows, run="DPO")
+        kls = [row["kl"] for row in ours]
+        assert kls == sorted(kls, reverse=True)
+        assert kls[0] < one(rows, run="Eq. 4", beta=0.25)["kl"] / 2
+        assert all(row["gap_closed"] > 0.97 for row in ours if row["beta"] >= 1)
+    for rows in by_seed("kl_penalty", table="reference"):
+        start = one(rows, run="frozen", step=0)
+        frozen = one(rows, run="frozen", step=800)
+        copied = one(rows, run="copied every quarter", step=800)
+        assert one(rows, run="the policy itself", step=40)["objective"] < start["objective"]
+        assert copied["expected_reward"] > frozen["expected_reward"]
+        assert copied["objective"] < frozen["objective"]
+        itself = lab.where(rows, run="the policy itself")
+        assert {round(row["loss"], 4) for row in itself} == {0.6931}
+
+
+def test_step_8b_dpo_and_ppo(notebook):
+    rows = lab.saved("ppo")
+    cases = {case["name"]: case for case in ppo.comparisons(rows)}
+    ahead = [case["ahead"] for case in cases.values()]
+    assert [ahead.count(name) for name in ("DPO", "PPO", "neither")] == [1, 5, 2]
+    largest = min(cases.values(), key=lambda case: sum(case["differences"]))
+    assert largest["name"] == "hard, KL at most 4"
+    assert ppo.in_words(largest["differences"]) == "-0.42 ± 0.30"
+    for name, case in cases.items():
+        if not name.endswith(" 4"):
+            mean, _ = lab.mean_sd(case["differences"])
+            assert abs(mean) < 0.2, name
+    both_have_runs = cases["deterministic, KL at most 2"]["differences"]
+    assert min(both_have_runs) > 0 and ppo.in_words(both_have_runs).startswith("0.10")
+    ends = [row for row in rows if row["step"] == row["last"]]
+    for row in lab.where(ends, method="DPO", labels="deterministic"):
+        assert row["kl"] > 1.9, "no run near 0.5"
+    assert lab.where(ends, method="PPO")[0]["last"] * rlhf.BATCH == 196_608
+    assert "196,608 sampled responses" in prose_of(notebook.cells)
+
+
+def test_step_8c_sft_first():
+    for rows in by_seed("sft_first"):
+        before = lab.where(rows, policy="reference")
+        after = lab.where(rows, policy="after DPO")
+        for policies in (before, after):
+            best = max(policies, key=lambda row: row["expected_reward"])
+            assert best["start"] == "SFT on the chosen"
+        untrained = one(after, start="untrained")
+        author = one(after, start="author of the pairs")
+        assert untrained["grammatical"] < 0.1
+        assert untrained["accuracy"] > author["accuracy"] - 0.02
+        assert author["grammatical"] > one(before, start="author of the pairs")["grammatical"]
+
+
+def test_step_9_where_a_pair_rests():
+    for rows in by_seed("other_losses", labels="certain"):
+        for beta in (0.1, 1.0, 10.0):
+            mine = lab.where(rows, beta=beta)
+            late = one(mine, loss="dpo", step=900)["margin"]
+            assert one(mine, loss="dpo", step=1000)["margin"] > late
+            assert abs(one(mine, loss="cdpo", step=1000)["margin"] - math.log(9)) < 0.01
+            assert abs(one(mine, loss="ipo", step=1000)["margin"] - 0.5) < 0.01
+    for rows in by_seed("other_losses", labels="drawn"):
+        kl = {row["loss"]: row["kl"] for row in rows}
+        assert max(kl["cdpo"], kl["ipo, beta 0.25"]) < kl["dpo"] < kl["dpo of means"]
+        assert abs(kl["orpo"] - kl["orpo without SFT"]) < 0.05
+
+
+def test_step_9_without_the_weight(notebook):
+    ends = lab.where(lab.saved("weight"), step=800)
+    without = lab.spread(lab.where(ends, run="without the weight"), "objective", digits=1)
+    ours = lab.mean(lab.where(ends, run="DPO"), "objective")
+    assert f"a J of {without}, where DPO has {ours:.1f}" in prose_of(notebook.cells)
+
+
+def test_step_10a_overfitting():
+    rows = lab.saved("overfitting")
+    for end in lab.where(rows, pairs=300, step=800):
+        at_40 = one(rows, pairs=300, step=40, seed=end["seed"])
+        assert abs(end["held_out_accuracy"] - at_40["held_out_accuracy"]) < 0.03
+        assert end["kl"] > at_40["kl"] > 1
+        assert end["held_out_loss"] > 2 * at_40["held_out_loss"]
+    for row in overfitting.stopped_early(rows, 300):
+        assert row["step"] < 40 and row["gap_closed"] < 0.1
+    for row in overfitting.stopped_early(rows, 3_000):
+        assert 100 <= row["step"] <= 200 and row["gap_closed"] > 0.6
+    assert all(row["gap_closed"] < 0 for row in overfitting.at_the_end(rows, 3_000))
+    assert all(row["step"] == 800 for row in overfitting.stopped_early(rows, 100_000))
+
+
+def test_step_10b_coverage():
+    mended = 0
+    for rows in by_seed("coverage", part="cases"):
+        gaps = {row["case"]: row["gap_closed"] for row in rows}
+        assert max(gaps["no slips"], gaps["10 x pairs"]) < 0
+        assert min(gaps["slips"], gaps["SFT term"]) > 0.7
+        mended += gaps["on-policy"] > 0.7
+        leaked = one(rows, case="no slips")
+        assert leaked["margin"] > 1.5
+        assert leaked["in no pair after"] > 0.1 > leaked["in no pair before"]
+    assert mended == 4
+    for rows in by_seed("coverage", part="samplers"):
+        few = {row["sampler"]: row["gap_closed"] for row in lab.where(rows, pairs=1_000)}
+        many = {row["sampler"]: row["gap_closed"] for row in lab.where(rows, pairs=30_000)}
+        assert few["the policy itself"] > 0 > few["the reference"]
+        assert many["the policy itself"] > many["the reference"] > many["a uniform sampler"]
+        assert many["a colder sampler"] < 0.6
+    for rows in by_seed("coverage", part="prompts", run="DPO", step=320):
+        film, hotel = [one(rows, prompt=noun)["kl"] for noun in ("film", "hotel")]
+        assert abs(film - hotel) < 0.1
+
+
+def test_step_10c_over_optimisation(notebook):
+    fallen = 0
+    for rows in by_seed("over_optimisation"):
+        run = lab.where(rows, policy="DPO", beta=0.3)
+        early = lab.where(run, step=100)
+        end = lab.where(run, step=400)
+        fallen += lab.mean(end, "expected_reward") < lab.mean(early, "expected_reward")
+        assert lab.mean(end, "own_accuracy") > lab.mean(early, "own_accuracy")
+        assert lab.mean(end, "kl") > lab.mean(early, "kl")
+        judged = lab.where(rows, policy="judge")
+        by_beta = [lab.mean(lab.where(judged, beta=b), "expected_reward") for b in (0.3, 0.1, 0.01)]
+        assert max(by_beta) > by_beta[-1] + 0.1
+        promised = [lab.mean(lab.where(judged, beta=b), "promised") for b in (1.0, 0.3, 0.01)]
+        assert promised == sorted(promised)
+        end = lab.where(rows, policy="DPO", step=400)
+        assert 1.7 < lab.mean(lab.where(end, beta=0.3), "kl") / lab.mean(
+            lab.where(end, beta=3.0), "kl"
+        )
+    assert fallen == 4
+    assert "(in four of the five seeds)" in prose_of(notebook.cells)
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])

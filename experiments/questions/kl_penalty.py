@@ -97,7 +97,7 @@ def draw(rows):
     by_beta = lab.where(rows, table="beta")
     steps = by_beta[0]["steps"]
     title = f"What holds the policy: {PAIRS:,} pairs, {steps} steps, {plots.seeds(rows)}"
-    figure, axes = plots.panels(title, 4)
+    figure, axes = plots.panels(title, 4, rows=2, width=5)
     by_steps = axes[1:]
     eq_4 = {"color": plots.BLACK, "linestyle": "--", "label": "pi* of Eq. 4"}
     ours = {"color": plots.BLUE, "label": "DPO, reference: frozen", "marker": "."}
@@ -116,5 +116,5 @@ def draw(rows):
             mine = lab.where(rows, table="reference", run=name)
             plots.line(ax, mine, "step", key, color, label=f"DPO, reference: {name}")
         ax.set(xlabel="step", ylabel=label, title="beta 1")
-    plots.legend(figure, *axes)
+    plots.legend(figure, *axes, columns=2)
     return figure

@@ -94,7 +94,7 @@ def verdict(rows):
 def draw(rows):
     steps = rows[0]["steps"]
     title = f"What label noise costs: {SIZES[0]:,} to {SIZES[-1]:,} pairs, {steps} steps, beta 1,"
-    figure, axes = plots.panels(f"{title} {plots.seeds(rows)}", 4)
+    figure, axes = plots.panels(f"{title} {plots.seeds(rows)}", 4, rows=2, width=5)
     of_pairs = lab.where(rows, part="number of pairs")
     for ax, key in zip(axes, ["gap_closed", "kl"]):
         for labels, linestyle in LABEL_LOOKS.items():

@@ -147,7 +147,7 @@ def draw(rows):
     certain_steps = max(lab.values(one_pair, "step"))
     title = f"Above: one pair that never flips, {certain_steps} steps. Below: the losses; then"
     title += f" {PAIRS:,} drawn pairs, {steps} steps, beta 1. {plots.seeds(rows)}"
-    figure, axes = plots.panels(title, 8, rows=2)
+    figure, axes = plots.panels(title, 8, rows=4, width=5.5)
     for ax, (loss, rest) in zip(axes, CERTAIN.items()):
         for beta, linestyle in BETAS.items():
             mine = lab.where(one_pair, loss=loss, beta=beta)
@@ -170,7 +170,7 @@ def draw(rows):
     axes[6].set(ylabel="KL(pi || pi_ref), nats")
     axes[6].set_title(f"{ORPO}\nin the network, {orpo_steps} steps", fontsize=9)
     axes[7].set(ylabel="tokens of a response, mean")
-    plots.legend(figure, axes[0], axes[4], columns=4)
+    plots.legend(figure, axes[0], axes[4], columns=2)
     return figure
 
 

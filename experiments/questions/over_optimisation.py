@@ -101,7 +101,7 @@ def draw(rows):
     last = max(lab.values(rows, "step"))
     sets = len(lab.values(rows, "set"))
     title = f"A judge and DPO on the same {PAIRS} pairs: {last} steps, {plots.seeds(rows)}"
-    figure, axes = plots.panels(f"{title}, sets of pairs for each seed: {sets}", 4)
+    figure, axes = plots.panels(f"{title}, {sets} sets of pairs each", 4, rows=2, width=5)
     judged = lab.where(rows, policy="judge")
     dpo_runs = lab.where(rows, policy="DPO")
     promised = {
@@ -127,5 +127,5 @@ def draw(rows):
     axes[1].set(ylabel="KL(pi || pi_ref), nats")
     axes[2].set(ylabel="E[r*]", xlabel="step")
     axes[3].set(ylabel="accuracy on its own pairs", xlabel="step")
-    plots.legend(figure, *axes)
+    plots.legend(figure, *axes, columns=3)
     return figure

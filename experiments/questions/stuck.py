@@ -113,10 +113,10 @@ def verdict(rows):
 def draw(rows):
     steps = max(lab.values(rows, "step"))
     title = f"A loss that stays at 0.6931: {PAIRS:,} pairs, {steps} steps, {plots.seeds(rows)}"
-    figure, axes = plots.panels(title, 4)
+    figure, axes = plots.panels(title, 4, rows=2, width=5)
     for ax, (key, label) in zip(axes, SHOWN.items()):
         for case, style in CASES.items():
             plots.line(ax, lab.where(rows, case=case), "step", key, label=case, **style)
         ax.set(xlabel="step", ylabel=label)
-    plots.legend(figure, axes[0], columns=5)
+    plots.legend(figure, axes[0], columns=3)
     return figure
