@@ -7,11 +7,11 @@ are also wrong: here a fraction of them is flipped. cDPO and robust DPO are told
 IPO bounds the margin instead (dpo.py has all three).
 
 Found: what few pairs lack is mostly clean labels. With soft labels 1,000 pairs close nearly the
-whole gap; with hard ones DPO then ends far below the reference, and only 100,000 come as close
-(10,000 close some 0.8). Flipped labels are another cost, which more pairs do not pay: they move the minimum of Eq. 7,
-so that DPO is too timid even with 100,000 pairs, and cDPO and IPO no less. Robust DPO undoes the
-flips on average and comes close to Eq. 4 again. Its price is variance: with 10,000 pairs and a
-fifth flipped it ends below the reference.
+whole gap; with hard ones DPO then ends far below the reference, and needs 100,000 to come as close.
+Flipped labels are another cost, which more pairs do not pay: they move the minimum of Eq. 7, so
+that DPO is too timid even with 100,000 pairs, and cDPO and IPO more so. Robust DPO undoes the flips
+on average and comes close to Eq. 4 again. Its price is variance: with 10,000 pairs and a fifth
+flipped it ends below the reference.
 """
 
 import dpo

@@ -10,8 +10,10 @@ reward model, a critic and as many new responses as the pairs hold. PPO-GT stays
 of Eq. 4, so what PPO loses, it loses to its reward model. The answer would be "yes" if DPO were
 clearly ahead as often as PPO.
 
-Every look at a run counts, so both methods may stop when they are best. "Clearly" means by more
-than two standard errors of the paired differences between runs of the same seed.
+Every look at a run counts, so both methods may stop when they are best, and so does a mixture of
+two looks. PPO aims at the limits of KL themselves, and DPO ends where beta takes it: on
+deterministic labels no beta ends near 0.5. "Clearly" means by more than two standard errors of the
+paired differences between runs of the same seed.
 """
 
 from experiments import frontier, lab, plots
