@@ -135,6 +135,9 @@ def test_eq3_objective_of_a_coin():
     always_heads = torch.tensor([0.0, -math.inf], dtype=f64)
     got = dpo.kl_divergence(always_heads, ref)
     expect(got, -math.log(0.6), "the KL of Eq. 3: 0 log 0 is 0, not NaN")
+    fair = torch.tensor([0.5, 0.5], dtype=f64).log()
+    got = dpo.kl_divergence(fair, always_heads)
+    assert got == math.inf, "the KL of Eq. 3: what pi_ref never says costs infinitely much"
 
 
 @pytest.mark.parametrize("never", [-math.inf, -1000.0])

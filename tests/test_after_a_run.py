@@ -101,12 +101,12 @@ def test_a_model_of_dialogues_is_asked_in_their_form(
     assert seen == [wanted, wanted]
 
 
-@pytest.mark.parametrize("form", ["dialogues", "texts"])
+@pytest.mark.parametrize("form", ["dialogues", "texts", "mixed"])
 def test_a_run_says_whether_its_pairs_were_dialogues(form, tmp_path):
     lines = []
     for i in range(8):
         prompt = f"Say {i} "
-        if form == "dialogues":
+        if form == "dialogues" or (form == "mixed" and i == 3):
             prompt = [{"role": "user", "content": prompt}]
         lines.append({"prompt": prompt, "chosen": f"{i}", "rejected": f"{i + 1}"})
     path = write_lines(tmp_path / "pairs.jsonl", lines)

@@ -597,6 +597,7 @@ NOT_GPT2 = {  # what is changed in config.json, and whether Python's error is be
     "a width that is a text": ({"n_embd": "16"}, None),
     "no heads": ({"n_head": 0}, None),
     "another activation": ({"activation_function": "relu"}, False),
+    "the exact GELU": ({"activation_function": "gelu"}, False),
     "another epsilon": ({"layer_norm_epsilon": 1e-6}, False),
     "an untied head": ({"tie_word_embeddings": False}, False),
     "attention without its scale": ({"scale_attn_weights": False}, False),

@@ -520,8 +520,10 @@ def run_all(notebook, root, folder):
 
 @pytest.mark.slow
 def test_notebook_runs(notebook, root, tmp_path):
-    """With the reader's cells as they are. Up to step 4, where only SFT is trained, the saved tables
-    come out within 5%."""
+    """With the reader's cells as they are.
+
+    Up to step 4, where only SFT is trained, the saved tables come out within 5%.
+    """
     saved = {number: printed_by(cells) for number, cells in steps_of(notebook).items()}
     run_all(notebook, root, tmp_path)
     ran = {number: printed_by(cells) for number, cells in steps_of(notebook).items()}

@@ -202,8 +202,11 @@ def test_redraw_measures_nothing_and_mends_readme(tmp_path, monkeypatch, capsys)
     lab.save_csv(tmp_path / "assets" / "stuck.csv", measured)
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{runner.BEGIN}\nan old answer\n{runner.END}\n", encoding="utf-8")
+    root_readme = tmp_path / "root.md"
+    root_readme.write_text(readme.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(lab, "ASSETS", tmp_path / "assets")
     monkeypatch.setattr(runner, "README", readme)
+    monkeypatch.setattr(runner, "ROOT_README", root_readme)
     monkeypatch.setattr(runner, "run", lambda *_: pytest.fail("--redraw measured"))
     monkeypatch.setattr(sys, "argv", ["questions", "stuck", "displacement", "--redraw"])
     runner.main()
@@ -213,6 +216,7 @@ def test_redraw_measures_nothing_and_mends_readme(tmp_path, monkeypatch, capsys)
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("before\n") and "an old answer" not in text
     assert stuck.verdict(measured) in text
+    assert "an old answer" not in root_readme.read_text(encoding="utf-8")
 
 
 def test_the_time_left(capsys):

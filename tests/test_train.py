@@ -408,8 +408,10 @@ def test_at_most_200_held_out_pairs_are_scored(n, scored, tmp_path):
 
 
 def test_those_that_are_scored_are_drawn_at_random(tmp_path):
-    """Not the first 200 of the file: there the chosen responses have 2 tokens, later 9. An untrained
-    model gives each of 257 tokens about the same probability."""
+    """Not the first 200 of the file: there the chosen responses have 2 tokens, later 9.
+
+    An untrained model gives each of 257 tokens about the same probability.
+    """
     lines = []
     for i in range(440):
         chosen = "y"

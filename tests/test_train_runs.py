@@ -259,6 +259,19 @@ def test_other_pairs_are_warned_of(stopped, pairs, tmp_path):
     assert 6 <= warned <= 10
 
 
+@pytest.mark.parametrize("change", ["another order", "a pair twice"])
+def test_other_pairs_are_warned_of_though_each_was_there(change, pairs, tmp_path):
+    """The order of the batches follows from the file, so the steps that are skipped were others."""
+    out = tmp_path / "out"
+    run("--data", pairs, *SMALL, "--held-out", 0, "--out", out)
+    lines = pairs.read_text(encoding="utf-8").splitlines()
+    lines = {"another order": lines[::-1], "a pair twice": [*lines, lines[0], lines[0]]}[change]
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(lines), encoding="utf-8")
+    warned = run("--resume", "--data", other, "--out", out).warned
+    assert any("not the pairs" in warning for warning in warned)
+
+
 def test_what_init_names_is_not_read_again(whole, pairs, tmp_path):
     init = shutil.copytree(whole / "policy", tmp_path / "init")
     flags = ["--data", pairs, *SMALL, "--tokenizer", "bytes", "--init", init, "--out"]
