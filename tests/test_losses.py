@@ -482,6 +482,16 @@ def test_defaults():
     expect(got, [0.0], "unlikelihood: by default alpha is 1")
 
 
+def test_accuracy_is_that_of_the_margins_and_not_of_the_log_probs():
+    """The policy gives the rejected response more, but the reference gave it more still."""
+    policy_chosen, policy_rejected, ref_chosen, ref_rejected = torch.tensor(
+        [[-4.0], [-3.0], [-8.0], [-3.0]], dtype=torch.float64
+    )
+    metrics = dpo.describe(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.5)
+    expect(metrics["margin"], [2.0], "beta ((-4 + 8) - (-3 + 3))")
+    expect(metrics["accuracy"], [1.0], "accuracy: is the margin above 0?")
+
+
 def test_describe_by_hand():
     described = dpo.describe(*PAIRS, beta=0.5)
     wanted = {
