@@ -64,7 +64,7 @@ def load_pairs(path):
         except InputError as reason:  # this line is skipped, other lines may be fine
             dropped.append(f"{place}: {reason}")
         else:
-            fields |= record
+            fields |= dict.fromkeys(record)
     if not pairs:
         reason = dropped[0] if dropped else "the file is empty"
         raise InputError(f"{path}: no line has two different responses to one prompt; {reason}")

@@ -154,7 +154,7 @@ def mentioned(drawn):
 def descend(model, losses_of, n, steps, lr, seed, batch_size=BATCH):
     """Minimise the mean of losses_of(logps (P, Y), batch (B,)) -> (B,). batch: indices below n.
 
-    Like train.py: AdamW, a warm-up (of a twentieth of the steps), a linear decay, clipped gradients.
+    Like train.py: AdamW, a warm-up (a twentieth of the steps), a linear decay, clipped gradients.
     Each pass over the n is shuffled anew. What is left at its end, less than a batch, is dropped.
     Yields (step, logps) before each step and after the last.
     """

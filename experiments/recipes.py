@@ -6,8 +6,8 @@
     python -m experiments.recipes instruct pairs.jsonl
     python -m experiments.recipes mine.csv pairs.jsonl
 
-`mine.csv` stands for a file of your own with the columns prompt, chosen and rejected; files that end
-in .json, .jsonl or .parquet are read as well. Each recipe is a few lines: copy one for other data.
+`mine.csv` stands for a file of your own with the columns prompt, chosen and rejected. Files that
+end in .json, .jsonl or .parquet are read as well. A recipe is a few lines: copy one for other data.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def hh(load_dataset):
 
 
 def orca(load_dataset):
-    """13,000 pairs, GPT-4 against a smaller model. What the system is told belongs to the prompt."""
+    """13,000 pairs, GPT-4 against a smaller model. The prompt has an instruction for the system."""
 
     def add_prompt(row):
         system = {"role": "system", "content": row["system"]}

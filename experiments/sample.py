@@ -71,7 +71,7 @@ def read_settings(folder):
 
 
 def toy_prompt(prompt, world):
-    """The prompt as the toy world's tokenizer wants it. InputError if a word is not of this world."""
+    """The prompt as the toy world's tokenizer wants it. InputError if it does not know a word."""
     words = prompt.split()
     known = world.tokenizer.decode(range(world.W)).split()
     for word in words:

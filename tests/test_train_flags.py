@@ -62,7 +62,7 @@ BAD_INPUT = {
     "--loss nonsense": "dpo, cdpo, robust, ipo, hinge",
     "--loss nowhere.py:f": "nowhere.py",
     "--device nonsense": "--device nonsense cannot be used here: Expected one of cpu",
-    "--data good.jsonl --init theirs --tokenizer bytes": "theirs was trained with another tokenizer",
+    "--data good.jsonl --tokenizer bytes --init theirs": "was trained with another tokenizer than",
     "--data good.jsonl --init ended --tokenizer bytes": "its end token is 0, not 256",
 }
 if not torch.cuda.is_available():

@@ -170,6 +170,20 @@ def update(path, table):
 # The command
 
 
+def answer(name, folder):
+    """Draw the figure of a question and print its answer, both from its table in `folder`."""
+    table = folder / f"{name}.csv"
+    if not table.exists():
+        print(f"\n{name} is not measured yet")
+        return
+    question = load(name)
+    rows = lab.load_csv(table)
+    question.draw(rows).savefig(folder / f"{name}.png")
+    print(f"\n{asked(question)}")
+    print(question.verdict(rows))
+    print(f"See {folder.name}/{name}.csv and {name}.png")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -206,17 +220,8 @@ def main():
             jobs += jobs_of(name, seeds, args.quick)
         failed = run(jobs, args.workers, folder)
     for name in wanted:
-        if name in failed:
-            continue
-        if not (folder / f"{name}.csv").exists():
-            print(f"\n{name} is not measured yet")
-            continue
-        question = load(name)
-        rows = lab.load_csv(folder / f"{name}.csv")
-        question.draw(rows).savefig(folder / f"{name}.png")
-        print(f"\n{asked(question)}")
-        print(question.verdict(rows))
-        print(f"See {folder.name}/{name}.csv and {name}.png")
+        if name not in failed:
+            answer(name, folder)
     if not args.quick:
         update(README, answers())
         update(ROOT_README, yes_or_no())
