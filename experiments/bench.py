@@ -1,9 +1,9 @@
 """How fast is the training step? Beside TRL's DPOTrainer and the authors' method, on equal work.
 
-    python -m experiments.bench [--data pairs.jsonl] [--only ours TRL] [--steps 5]
+    python -m experiments.bench [--data pairs.jsonl] [--only ours TRL] [--steps 1]
 
-All have the same GPT-2-shaped weights and the same batches, AdamW at 1e-5, beta 0.1, gradients
-clipped to 1, no dropout. Each contender is a process of its own, for its peak memory; only one
+All have the same GPT-2-shaped weights and the same batches, 8 pairs of a batch at a time, AdamW at
+1e-5, beta 0.1, gradients clipped to 1, no dropout. Each contender is a process of its own, for its peak memory; only one
 works at a time. Without --data the pairs are made up, as long as real ones: a prompt of 44 tokens
 on average, responses of 16. Without trl and transformers (tests/peers/requirements.txt) TRL is
 left out.
@@ -35,11 +35,12 @@ except ImportError:  # Windows: the column of peak memory is left out
 
 BETA = 0.1
 LR = 1e-5
-BATCH = 8  # pairs
+BATCH = 32  # pairs a step, as in train.py
+MICRO_BATCH = 8  # pairs at a time
 VOCAB = 50257
 FIRST_STEPS = 10  # whose losses are shown; they warm up as well
 ROUNDS = 5  # of alternating turns
-MOST_STEPS = 10  # in a turn
+MOST_STEPS = 3  # in a turn
 TRL_STEPS = FIRST_STEPS + ROUNDS * MOST_STEPS  # TRL is told beforehand when to end
 DEVICE = "cpu"
 if torch.accelerator.is_available():
@@ -67,37 +68,43 @@ def made_up(n, response=16):
 # The contenders: each yields the mean loss of every optimiser step, as it was before the step
 
 
-def batches(rows):
+def batches(rows, batch_size):
     """The same for all contenders: pair ids (B,), without end."""
-    return data.batches(rows, BATCH, torch.Generator().manual_seed(2))
+    return data.batches(rows, batch_size, torch.Generator().manual_seed(2))
 
 
-def ours(rows, folder, dtype="float32", compiled=False):
+def ours(rows, folder, batch_size, dtype, compiled=False):
     """train.py's step: two plain rows a pair, the reference's log-probs computed once."""
     model = GPT.from_pretrained(folder).to(DEVICE)
     optimizer = lab.adamw(model, LR)
-    ref = lab.all_logps(model, rows, BATCH, dtype)
+    ref = lab.all_logps(model, rows, MICRO_BATCH, dtype)
     if compiled:
         model.compile(dynamic=True)
-    settings = {"ref_logps": ref, "beta": BETA, "dtype": dtype}
-    for ids in batches(rows):
+    settings = {"ref_logps": ref, "beta": BETA, "dtype": dtype, "micro_batch_size": MICRO_BATCH}
+    for ids in batches(rows, batch_size):
         losses, _ = lab.train_step(model, optimizer, rows, ids, **settings)
         yield losses.mean()
 
 
-def shared(rows, folder):
+def shared(rows, folder, batch_size, dtype):
     """Ours, but both responses of a pair share one row and the tokens of its prompt."""
     model = GPT.from_pretrained(folder).to(DEVICE)
     optimizer = lab.adamw(model, LR)
-    ref = lab.all_logps(model, rows, BATCH)
-    for ids in batches(rows):
-        batch = shared_row.collate(rows, ids).to(DEVICE)
-        logps = shared_row.response_logps(model, batch)
-        yield update(model, optimizer, logps, ref[:, ids])
+    ref = lab.all_logps(model, rows, MICRO_BATCH, dtype)
+
+    def logps_of(part):
+        batch = shared_row.collate(rows, part).to(DEVICE)
+        with autocast(dtype):
+            policy_logps = shared_row.response_logps(model, batch)
+        return policy_logps, ref[:, part]
+
+    for ids in batches(rows, batch_size):
+        yield update(model, optimizer, logps_of, ids)
 
 
-def authors(rows, folder):
-    """The authors' method: a logit for every token, and the reference again in every step."""
+def authors(rows, folder, batch_size, dtype):
+    """The authors' method: a logit for every token, the reference again in every step, and a batch
+    padded as a whole before it is cut."""
     policy = GPT.from_pretrained(folder).to(DEVICE)
     reference = GPT.from_pretrained(folder).to(DEVICE)
     optimizer = torch.optim.AdamW(policy.parameters(), LR, (0.9, 0.95), weight_decay=0.0)
@@ -107,31 +114,50 @@ def authors(rows, folder):
         logps = logps.gather(-1, ids[:, 1:, None]).squeeze(-1)
         return torch.where(mask[:, 1:], logps, 0).sum(-1)
 
-    for pair_ids in batches(rows):
+    for pair_ids in batches(rows, batch_size):
         ids, mask = data.collate(rows, pair_ids.tolist())
-        ids = ids.to(DEVICE)
-        mask = mask.to(DEVICE)
-        with torch.no_grad():
-            ref = response_logps(reference, ids, mask)
-        logps = response_logps(policy, ids, mask)
-        yield update(policy, optimizer, logps.chunk(2), ref.chunk(2))
+        ids = ids.to(DEVICE).unflatten(0, (2, -1))  # (2, B, T): chosen, rejected
+        mask = mask.to(DEVICE).unflatten(0, (2, -1))
+
+        def logps_of(part):  # of places in the batch
+            part_ids = ids[:, part].flatten(0, 1)
+            part_mask = mask[:, part].flatten(0, 1)
+            with autocast(dtype):
+                with torch.no_grad():
+                    ref_logps = response_logps(reference, part_ids, part_mask)
+                policy_logps = response_logps(policy, part_ids, part_mask)
+            return policy_logps.view(2, -1), ref_logps.view(2, -1)
+
+        yield update(policy, optimizer, logps_of, torch.arange(batch_size))
 
 
-def update(model, optimizer, logps, ref_logps):
-    """One step on log-probs of chosen and rejected responses, (B,) each. Returns its loss."""
-    loss = dpo.dpo_loss(*logps, *ref_logps, beta=BETA).losses.mean()
+def autocast(dtype):
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def update(model, optimizer, logps_of, ids):
+    """One step on the pairs `ids` (B,), a few at a time. Returns its loss.
+
+    logps_of: ids of a part -> the policy's log-probs and the reference's, (2, b) each, chosen first.
+    """
     optimizer.zero_grad()
-    loss.backward()
+    total = 0
+    for part in ids.split(MICRO_BATCH):
+        policy_logps, ref_logps = logps_of(part)
+        losses = dpo.dpo_loss(*policy_logps, *ref_logps, beta=BETA).losses
+        loss = losses.sum() / len(ids)
+        loss.backward()
+        total += loss.detach()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    return loss.detach()
+    return total
 
 
-def trl(rows, folder, precompute=False):
+def trl(rows, folder, batch_size, dtype, precompute=False):
     from experiments import bench_trl  # it wants trl and transformers
 
     in_order = []
-    for ids in itertools.islice(batches(rows), TRL_STEPS):
+    for ids in itertools.islice(batches(rows, batch_size), TRL_STEPS):
         in_order += [rows[i] for i in ids]
     config = dict(
         beta=BETA,
@@ -139,7 +165,9 @@ def trl(rows, folder, precompute=False):
         adam_beta2=0.95,
         max_steps=TRL_STEPS,
         max_grad_norm=1.0,
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=batch_size // MICRO_BATCH,
+        bf16=dtype == "bfloat16",
         precompute_ref_log_probs=precompute,
         use_cpu=DEVICE == "cpu",
     )
@@ -148,9 +176,7 @@ def trl(rows, folder, precompute=False):
 
 CONTENDERS = {
     "ours": ours,
-    "ours, bfloat16": functools.partial(ours, dtype="bfloat16"),
     "ours, compiled": functools.partial(ours, compiled=True),
-    "ours, bfloat16, compiled": functools.partial(ours, dtype="bfloat16", compiled=True),
     "shared prompt": shared,
     "authors' method": authors,
     "TRL": trl,
@@ -161,14 +187,14 @@ CONTENDERS = {
 # Taking turns
 
 
-def serve(name, rows, folder, pipe):
+def serve(name, rows, folder, batch_size, dtype, pipe):
     """In a process of its own: for each n received, n steps -> (seconds, losses, peak bytes)."""
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # TRL talks
     sys.stderr = sys.stdout
     warnings.simplefilter("ignore")
     as_train_sets_it()
     try:
-        steps = CONTENDERS[name](rows, folder)
+        steps = CONTENDERS[name](rows, folder, batch_size, dtype)
         while n := pipe.recv():
             seconds = []
             losses = []
@@ -200,7 +226,7 @@ def peak():
     return 1024 * most
 
 
-def race(names, rows, folder, steps, rounds=ROUNDS):
+def race(names, rows, folder, batch_size, dtype, steps, rounds=ROUNDS):
     """A few steps of each, then in turn `steps` of each, `rounds` times, a large matrix product
     between -> what `show` wants of each that did not fail, by name; the product's flop/s."""
     context = multiprocessing.get_context("spawn")
@@ -208,7 +234,7 @@ def race(names, rows, folder, steps, rounds=ROUNDS):
     found = {}
     for name in names:
         pipe, theirs = context.Pipe()
-        args = (name, rows, folder, theirs)
+        args = (name, rows, folder, batch_size, dtype, theirs)
         context.Process(target=serve, args=args, daemon=True).start()
         theirs.close()  # so that a contender that dies is an EOFError here, and no endless wait
         pipe.send(FIRST_STEPS)
@@ -222,7 +248,7 @@ def race(names, rows, folder, steps, rounds=ROUNDS):
         pipes[name] = pipe
     speeds = []
     for _ in range(rounds):
-        speeds.append(matrix_speed())
+        speeds.append(matrix_speed(dtype))
         for name, pipe in pipes.items():
             pipe.send(steps)
             seconds, _, most = pipe.recv()
@@ -233,13 +259,13 @@ def race(names, rows, folder, steps, rounds=ROUNDS):
     return found, statistics.median(speeds)
 
 
-def matrix_speed():
-    """Flop/s of a large float32 (on CUDA: TF32) matrix product here and now."""
+def matrix_speed(dtype):
+    """Flop/s of a large matrix product here and now; in TF32 for float32 on CUDA."""
     as_train_sets_it()
     n = 2048
     if DEVICE == "cuda":
         n = 8192
-    a, b = torch.randn(2, n, n, device=DEVICE)
+    a, b = torch.randn(2, n, n, device=DEVICE, dtype=getattr(torch, dtype))
     (a @ b).sum().item()
     start = time.perf_counter()
     for _ in range(3):
@@ -249,7 +275,7 @@ def matrix_speed():
 
 
 def useful_flops(rows, config):
-    """Of a step on average: each token of prompt and responses once, the head where it is scored,
+    """Of a pair on average: each token of prompt and responses once, the head where it is scored,
     times 3 for forward and backward. No padding, no prompt twice, no reference."""
     C = config.n_embd
     total = 0
@@ -264,15 +290,20 @@ def useful_flops(rows, config):
         scored = len(row.chosen) + len(row.rejected)
         layer = 24 * fed * C**2 + 4 * seen * C
         total += config.n_layer * layer + 2 * scored * C * VOCAB
-    return 3 * BATCH * total / len(rows)
+    return 3 * total / len(rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="pairs as train.py reads them, with GPT-2's tokens")
     parser.add_argument("--only", default=list(CONTENDERS), nargs="+", choices=CONTENDERS)
+    parser.add_argument("--batch-size", type=int, default=BATCH, help="pairs, a multiple of 8")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--n-layer", type=int, default=6)
+    parser.add_argument("--n-head", type=int, default=6)
+    parser.add_argument("--n-embd", type=int, default=384)
     possible = range(1, MOST_STEPS + 1)
-    parser.add_argument("--steps", type=int, default=5, choices=possible, help="steps of a turn")
+    parser.add_argument("--steps", type=int, default=1, choices=possible, help="steps of a turn")
     args = parser.parse_args()
     names = args.only
     if importlib.util.find_spec("trl") is None:
@@ -283,18 +314,21 @@ def main():
         rows = data.encode_pairs(data.load_pairs(args.data), tokenizer, 1024)
     else:
         rows = made_up(1000)
-    config = GPTConfig(VOCAB, n_layer=6, n_head=6, n_embd=384)
+    config = GPTConfig(VOCAB, n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
     print(f"{config}; {torch.get_num_threads()} threads, {DEVICE}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         GPT(config).save_pretrained(folder)
-        found, speed = race(names, rows, folder, args.steps)
-    show(found, speed, useful_flops(rows, config))
+        found, speed = race(names, rows, folder, args.batch_size, args.dtype, args.steps)
+    show(found, speed, useful_flops(rows, config), args.batch_size, args.dtype)
 
 
-def show(found, speed, flops):
-    """found: for each contender its seconds a step in each round, first losses and peak bytes."""
-    print(f"batches of {BATCH}; useful: of a large float32 product's {speed / 1e9:.0f} Gflop/s\n")
+def show(found, speed, flops, batch_size, dtype):
+    """found: for each contender its seconds a step in each round, first losses and peak bytes.
+    flops: useful ones, of a pair."""
+    print(
+        f"batches of {batch_size}; useful: of a large {dtype} product's {speed / 1e9:.0f} Gflop/s\n"
+    )
     heads = ["contender", "seconds a step (range)", "pairs/s", "ours is faster by", "useful"]
     if peak() is not None:
         heads.append("peak GB")
@@ -306,8 +340,8 @@ def show(found, speed, flops):
     for name, result in found.items():
         seconds = result["seconds"]
         middle = statistics.median(seconds)
-        pairs = BATCH / middle
-        useful = flops / middle / speed
+        pairs = batch_size / middle
+        useful = flops * pairs / speed
         ratios = [their / our for their, our in zip(seconds, base)]
         cells = [name, spread(seconds), f"{pairs:.2f}", spread(ratios), f"{useful:.0%}"]
         if result["peak"] is not None:

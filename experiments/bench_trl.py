@@ -42,7 +42,7 @@ def trl(rows, folder, vocab, config):
             return loss
 
     config = DPOConfig(
-        output_dir=str(Path(folder) / "trl"), lr_scheduler_type="constant", bf16=False,
+        output_dir=str(Path(folder) / "trl"), lr_scheduler_type="constant",
         report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, **config,
     )  # fmt: skip
     trainer = InOrder(models[0], models[1], config, None, datasets.Dataset.from_list(texts),

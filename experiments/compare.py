@@ -3,7 +3,7 @@
     python -m experiments.compare out-dpo out-ipo
 
 All columns but the loss mean the same whatever --loss was: rewards and margins are always DPO's.
-The picture is compare.png.
+The picture is compare.png. Its numbers are in compare.csv, a row for each DPO step of each run.
 """
 
 import argparse
@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from experiments import lab
 
 PANELS = {  # what a metric of metrics.jsonl is called in the picture
     "objective": "J of Eq. 3",
@@ -22,20 +24,23 @@ PANELS = {  # what a metric of metrics.jsonl is called in the picture
     "margin": "margin of implicit rewards",
     "chosen_logp": "log-prob of the chosen, nats",
     "rejected_logp": "log-prob of the rejected, nats",
+    "accuracy": "accuracy on the batch",
 }
 
 
 def compare(folders):
-    """Print the table of these runs. Returns the figure with their curves."""
-    rows = {}
+    """Print the table of these runs. Returns the metrics of their DPO steps, {folder: rows}."""
+    final = {}
     histories = {}
     for folder in folders:
         summary = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        rows[folder] = summary["rows"]["policy"]
-        histories[folder] = [json.loads(line) for line in lines]
-    print_table(rows)
-    return draw(histories)
+        who = {"run": folder, "seed": summary["config"]["seed"]}
+        metrics = [json.loads(line) for line in lines]
+        histories[folder] = [who | line for line in metrics if "step" in line]
+        final[folder] = summary["rows"]["policy"]
+    print_table(final)
+    return histories
 
 
 def print_table(rows):
@@ -53,11 +58,13 @@ def print_table(rows):
 
 
 def draw(histories):
-    """A panel for each metric that all runs have, a colour for each run."""
+    """The figure: a panel for each metric that all runs have, at most six, a colour for each run.
+    histories: {name: rows with a step and metrics}."""
     shown = []
     for metric in PANELS:
         if all(any(metric in line for line in history) for history in histories.values()):
             shown.append(metric)
+    shown = shown[:6]
     figure = Figure(figsize=(14, 7), layout="constrained")
     axes = figure.subplots(2, 3).flatten()
     for ax in axes[len(shown) :]:
@@ -79,12 +86,13 @@ def main(argv=None):
     parser.add_argument("folder", nargs="+", help="what train.py wrote, one folder for each run")
     args = parser.parse_args(argv)
     try:
-        figure = compare(args.folder)
+        histories = compare(args.folder)
     except (OSError, ValueError, KeyError) as error:
         print(f"compare: not the folders of finished runs: {error}", file=sys.stderr)
         sys.exit(2)
-    figure.savefig("compare.png", dpi=120)
-    print("\nthe curves are in compare.png")
+    draw(histories).savefig("compare.png", dpi=120)
+    lab.save_csv("compare.csv", [row for history in histories.values() for row in history])
+    print("\nthe curves are in compare.png, their numbers in compare.csv")
 
 
 if __name__ == "__main__":

@@ -109,7 +109,10 @@ def call(function, *arguments):
     except Exception as error:  # whatever it is, Run all goes on
         if "ellipsis" in str(error):
             return None, "a line is still `...`"
-        return None, f"it stops with {type(error).__name__}: {error}"
+        fault = f"it stops with {type(error).__name__}: {error}"
+        if "must match the size" in fault:
+            fault += "\n  Has a sum dropped its dimension? keepdim=True keeps it."
+        return None, fault
     if result is None:
         return None, "it returns nothing"
     if result is Ellipsis:

@@ -277,18 +277,6 @@ def set_learning_rate(optimizer, peak, step, steps, warmup):
         group["lr"] = lr
 
 
-def schedule(optimizer, rows, epochs, peak_lr, seed):
-    """Yields (step, steps, pair ids (B,)) with the learning rate set, by train.py's toy defaults:
-    batches of 512, a linear warm-up, then a linear decay."""
-    batch_size = min(512, len(rows))
-    steps = math.ceil(epochs * len(rows) / batch_size)
-    warmup = max(1, min(150, steps // 10))
-    batches = data.batches(rows, batch_size, torch.Generator().manual_seed(seed + 2))
-    for step in range(1, steps + 1):
-        set_learning_rate(optimizer, peak_lr, step, steps, warmup)
-        yield step, steps, next(batches)
-
-
 def train_step(
     model,
     optimizer,
@@ -453,19 +441,3 @@ def is_clear(differences):
     """
     middle, sd = mean_sd(differences)
     return abs(middle) > 2 * sd / len(differences) ** 0.5
-
-
-def table(rows, by, heads):
-    """For each value of the column `by`, mean ± sd of some columns, in Markdown. heads: {column:
-    its heading}."""
-    lines = [[by, *heads.values()]]
-    for name in values(rows, by):
-        mine = where(rows, **{by: name})
-        lines.append([str(name), *(spread(mine, key) for key in heads)])
-    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    text = ""
-    for line in lines:
-        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
-        text += f"| {' | '.join(cells)} |\n"
-    return text

@@ -53,19 +53,19 @@ def line(ax, rows, x, y, color, **style):
     ax.fill_between(positions, middle - sd, middle + sd, color=color, alpha=0.15, linewidth=0)
 
 
-def bars(ax, heights, looks):
-    """Groups of bars. heights: {group on the x axis: {bar: its numbers, one per seed}}; looks:
+def bars(ax, heights, colors):
+    """Groups of bars. heights: {group on the x axis: {bar: its numbers, one per seed}}; colors:
     {bar: its colour}. A bar that a group lacks is left out."""
-    width = 0.8 / len(looks)
-    for i, (name, color) in enumerate(looks.items()):
-        offset = width * (i - (len(looks) - 1) / 2)
+    width = 0.8 / len(colors)
+    for i, (name, color) in enumerate(colors.items()):
+        offset = width * (i - (len(colors) - 1) / 2)
         for j, numbers in enumerate(heights.values()):
             if name not in numbers:
                 continue
             middle, sd = lab.mean_sd(numbers[name])
             style = {"color": color, "edgecolor": "black", "linewidth": 0.6, "capsize": 3}
             ax.bar(j + offset, middle, 0.9 * width, yerr=sd, **style)
-    for name, color in looks.items():
+    for name, color in colors.items():
         ax.plot([], [], "s", color=color, label=name)  # for the legend
     ax.set_xticks(range(len(heights)), list(heights))
     ax.axhline(0, color="black", linewidth=0.8)

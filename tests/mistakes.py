@@ -91,6 +91,8 @@ EQ7_MISTAKES = {
     "beta stands before the log as well": BETA * LOSSES,
     # 0.5 (-2 + 4) - (-3 + 3) and 0.5 (-6 + 1) - (-3 + 5)
     "beta multiplies the policy's log-probs alone": losses_at(1, -4.5),
+    # 0.5 (-2 / -3 - -4 / -3) and 0.5 (-6 / -3 - -1 / -5)
+    "log-probs are divided, not subtracted": losses_at(-1 / 3, 0.9),
     # 1.0 and -3.5, as they should be; the loss is then -sigma(margin), which is sigma(-margin) - 1
     "the log is missing": WEIGHTS - 1,
 }
@@ -129,6 +131,7 @@ EQ4_MISTAKES = {
     "Z(x) is subtracted, not its log": PRODUCTS.log() - NORMALISERS,
     "log Z(x) is added": PRODUCTS.log() + NORMALISERS.log(),
     "it is the probability, not its log": OPTIMAL_PROBS,
+    "log pi_ref is used as if it were pi_ref": log_shares(EQ4_REF * TILTS),
     "the sum runs over the prompts": (PRODUCTS / torch.tensor([2.5, 1.5, 2.0])).log(),
     "the sum runs over the responses to all prompts": (PRODUCTS / 6).log(),
 }

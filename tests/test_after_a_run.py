@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 import data
-from experiments import compare, sample
+from experiments import compare, lab, sample
 from model import GPT, GPTConfig
 from tests.helpers import json_of, lines_of, run, write_lines, write_pairs
 
@@ -183,7 +183,7 @@ def test_the_table_has_the_final_policy_of_each_run(two, capsys):
 
 
 def test_the_curves_are_those_of_metrics_jsonl(two):
-    figure = compare.compare(two)
+    figure = compare.draw(compare.compare(two))
     panels = {ax.get_ylabel(): ax for ax in figure.axes}
     assert len(panels) == 6
     for metric in ["objective", "kl", "gap_closed", "margin", "chosen_logp", "rejected_logp"]:
@@ -199,8 +199,9 @@ def test_the_curves_are_those_of_metrics_jsonl(two):
 def test_a_toy_run_beside_one_on_pairs_shows_what_both_have(two, tmp_path, capsys):
     pairs = write_pairs(tmp_path / "pairs.jsonl")
     run("--data", pairs, *SMALL, "--out", tmp_path / "real")
-    figure = compare.compare([two[0], str(tmp_path / "real")])
-    wanted = [compare.PANELS[name] for name in ["margin", "chosen_logp", "rejected_logp"]]
+    figure = compare.draw(compare.compare([two[0], str(tmp_path / "real")]))
+    common = ["margin", "chosen_logp", "rejected_logp", "accuracy"]
+    wanted = [compare.PANELS[name] for name in common]
     assert [ax.get_ylabel() for ax in figure.axes] == wanted
     assert "gap_closed" not in capsys.readouterr().out
 
@@ -211,6 +212,13 @@ def test_the_picture_and_a_folder_without_a_finished_run(two, tmp_path, monkeypa
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: written.append(path))
     compare.main(two)
     assert written == ["compare.png"]
+    rows = lab.load_csv("compare.csv")
+    assert lab.values(rows, "run") == two
+    for folder in two:
+        steps = [line for line in lines_of(Path(folder)) if "step" in line]
+        mine = lab.where(rows, run=folder, seed=0)
+        assert [row["step"] for row in mine] == [line["step"] for line in steps]
+        assert mine[-1]["margin"] == pytest.approx(steps[-1]["margin"], rel=1e-5)
     capsys.readouterr()
     with pytest.raises(SystemExit) as raised:
         compare.main([two[0], "nowhere"])

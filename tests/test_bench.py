@@ -10,8 +10,10 @@ from model import GPT, GPTConfig
 from tests.helpers import expect
 
 
-def test_the_contenders_train_alike(tmp_path, monkeypatch):
-    """Losses of four steps on equal batches, the remainder of an epoch among them."""
+@pytest.mark.parametrize("batch_size", [8, 16])
+def test_the_contenders_train_alike(batch_size, tmp_path, monkeypatch):
+    """Losses of four steps on equal batches, eight pairs at a time; the third batch of 8 begins in
+    one epoch and ends in the next."""
     monkeypatch.setattr(bench, "VOCAB", 300)
     monkeypatch.setattr(bench, "LR", 1e-3)  # a hundred times the usual, so that a slip shows
     torch.manual_seed(0)
@@ -19,7 +21,7 @@ def test_the_contenders_train_alike(tmp_path, monkeypatch):
     rows = bench.made_up(20)
 
     def four_losses(contender):
-        steps = contender(rows, tmp_path)
+        steps = contender(rows, tmp_path, batch_size, "float32")
         return [next(steps).item() for _ in range(4)]
 
     ours = four_losses(bench.ours)
@@ -49,11 +51,11 @@ def test_the_column_of_peak_memory_is_left_out_where_it_is_unknown(known, monkey
         monkeypatch.setattr(bench, "resource", None)
         assert bench.peak() is None
     found = {"ours": {"seconds": [2.0, 2.0], "losses": [0.7, 0.6], "peak": bench.peak()}}
-    bench.show(found, speed=1e9, flops=1e9)
+    bench.show(found, speed=1e9, flops=1e9 / 8, batch_size=8, dtype="float32")
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     head, _, ours = rows
     assert ("peak GB" in head) == known
-    assert "| 50% |" in ours, "useful: 1e9 flop in 2 seconds, of 1e9 in one"
+    assert "| 50% |" in ours, "useful: 8 times 1e9 / 8 flop in 2 seconds, of 1e9 in one"
     for row in rows:
         assert row.count("|") == head.count("|"), f"not as many cells as heads: {row}"
 
@@ -69,8 +71,8 @@ def test_useful_arithmetic_by_hand():
     config = GPTConfig(bench.VOCAB, 16, C, n_layer=2, n_head=2)
     layer = 24 * 3 * C**2 + 4 * 6 * C
     head = 2 * 3 * C * bench.VOCAB
-    wanted = 3 * bench.BATCH * (2 * layer + head)
-    why = "useful flops: a mean over rows, times BATCH, times 3 for forward and backward"
+    wanted = 3 * (2 * layer + head)
+    why = "useful flops of a pair: a mean over rows, times 3 for forward and backward"
     expect(bench.useful_flops([row, row], config), wanted, why)
 
 

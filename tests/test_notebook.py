@@ -436,6 +436,7 @@ WRONG_LOSSES = {  # what a check says -> the body of my_dpo_loss
     "beta stands before the log.": "return -b * F.logsigmoid(w - rw - l + rl)",
     "beta stands before the log as well": "return -b * F.logsigmoid(b * (w - rw - l + rl))",
     "beta multiplies the policy's": "return -F.logsigmoid(b * (w - l) - rw + rl)",
+    "are divided, not subtracted": "return -F.logsigmoid(b * (w / rw - l / rl))",
     "the log is missing": "return -torch.sigmoid(b * (w - rw - l + rl))",
     "the log of sigmoid is -inf": "return -torch.sigmoid(b * (w - rw - l + rl)).log()",
     "carry no gradient": "return -F.logsigmoid(b * (w - rw - l + rl).detach())",
@@ -456,7 +457,8 @@ WRONG_POLICIES = {  # the same for my_optimal_policy
     "the probability, not its log": "return (ref + r / b).softmax(-1)",
     "runs over the prompts": "return (ref + r / b).log_softmax(0)",
     "the responses to all prompts": "return ref + r / b - (ref + r / b).logsumexp((0, 1))",
-    "RuntimeError": "return ref + r / b - (ref + r / b).logsumexp(-1)",
+    "log pi_ref is used": "x = ref * (r / b).exp(); return (x / x.sum(-1, True)).log()",
+    "keepdim=True": "return ref + r / b - (ref + r / b).logsumexp(-1)",
     "use logsumexp": "return ref + r / b - (ref + r / b).exp().sum(-1, True).log()",
 }
 

@@ -55,7 +55,7 @@ def functions_of(source):
 
 
 OTHER_FLAGS = {"--list", "--all", "--quick", "--generated", "--nproc_per_node", "--index-url"}
-OTHER_FLAGS |= {"--steps", "--only", "--scale"}  # of experiments/bench.py and device.py
+OTHER_FLAGS |= {"--scale"}  # of experiments/device.py
 
 
 def test_flags_exist(texts, capsys):

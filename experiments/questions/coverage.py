@@ -165,20 +165,16 @@ def sampled_from(sampler, ref, policy):
 def verdict(rows):
     """There is no rule: what leaks in the wide world, and what moves at a prompt in no pair."""
     cases = lab.where(rows, part="cases")
-    prompts = lab.where(rows, part="prompts", prompt="hotel")
+    prompts = lab.where(rows, part="prompts", prompt="hotel", run="DPO")
     last = max(lab.values(prompts, "step"))
     no_slips = lab.where(cases, case="no slips")
-    answer = f"They may gain: after {last} steps on 20,000 pairs of a reference without slips,"
+    slips = lab.where(cases, case="slips")
+    answer = f"They may gain. 20,000 pairs, {last} steps: they rise"
     answer += f" from {lab.spread(no_slips, 'in no pair before')}"
-    answer += f" to {lab.spread(no_slips, 'in no pair after')}"
-    answer += f" (gap closed {lab.spread(no_slips, 'gap_closed')});"
-    for case in ["slips", "on-policy", "SFT term"]:
-        mine = lab.where(cases, case=case)
-        answer += f" with {case} to {lab.spread(mine, 'in no pair after')};"
-    answer = answer.removesuffix(";") + ". Pairs of the film only, KL at the hotel:"
-    for run in OBJECTIVES:
-        answer += f" {run} {lab.spread(lab.where(prompts, run=run, step=last), 'kl')},"
-    return answer.removesuffix(",") + "."
+    answer += f" to {lab.spread(no_slips, 'in no pair after')} if the reference writes no slips,"
+    answer += f" to {lab.spread(slips, 'in no pair after')} if it does. A prompt in no pair:"
+    answer += f" KL {lab.spread(lab.where(prompts, step=last), 'kl')}."
+    return answer
 
 
 def draw(rows):
@@ -186,7 +182,7 @@ def draw(rows):
     steps = cases[0]["steps"]
     title = f"Responses and prompts in no pair: {steps} steps, beta 1, {plots.seeds(rows)}"
     figure, axes = plots.panels(title, 4, rows=2, width=5.5)
-    looks = {"before DPO": plots.GREY, "after DPO": plots.BLACK}
+    colors = {"before DPO": plots.GREY, "after DPO": plots.BLACK}
     in_no_pair = {}
     gap_closed = {}
     for case in CASES:
@@ -196,7 +192,7 @@ def draw(rows):
             "after DPO": lab.per_seed(mine, "in no pair after"),
         }
         gap_closed[case] = {"after DPO": lab.per_seed(mine, "gap_closed")}
-    plots.bars(axes[0], in_no_pair, looks)
+    plots.bars(axes[0], in_no_pair, colors)
     plots.bars(axes[1], gap_closed, {"after DPO": plots.BLACK})
     axes[0].set(ylabel="probability of responses in no pair")
     axes[1].set(ylabel="gap closed (1: the optimum of Eq. 4)")

@@ -87,10 +87,12 @@ def verdict(rows):
     low = lab.spread(lab.where(ends, beta=betas[0]), "kl")
     high = lab.spread(lab.where(ends, beta=betas[-1]), "kl")
     answer += f" {PAIRS:,} pairs, {steps} steps: KL {low} at beta {betas[0]:g},"
-    answer += f" {high} at beta {betas[-1]:g}. By the reference, at beta 1:"
+    answer += f" {high} at beta {betas[-1]:g}. J at beta 1, by the reference:"
+    numbers = []
     for name, mine in last.items():
-        answer += f" {name}: KL {lab.spread(mine, 'kl')}, J {lab.spread(mine, 'objective')};"
-    return answer.removesuffix(";") + "."
+        numbers.append(f"{name} {lab.spread(mine, 'objective')}")
+    answer += f" {', '.join(numbers)}."
+    return answer
 
 
 def draw(rows):

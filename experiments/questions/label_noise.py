@@ -73,22 +73,16 @@ def run(seed, size, steps, flip, loss, soft=False):
 
 def verdict(rows):
     """There is no rule: what DPO closes of the gap with each kind of label, and each loss."""
-    of_pairs = lab.where(rows, part="number of pairs")
-    answer = f"{rows[0]['steps']} steps, gap closed:"
-    for size in (SIZES[0], MANY):
-        mine = lab.where(of_pairs, pairs=size)
-        numbers = []
-        for labels in LABELS:
-            found = lab.spread(lab.where(mine, labels=labels), "gap_closed")
-            numbers.append(f"{found} ({labels})")
-        answer += f" {size:,} pairs, {', '.join(numbers)};"
+    of_pairs = lab.where(rows, part="number of pairs", pairs=SIZES[0])
     flip = FLIPS[1]
-    worst = lab.where(rows, part="losses", pairs=MANY, flip=flip)
-    numbers = []
+    flipped = lab.where(rows, part="losses", pairs=MANY, flip=flip)
+    answer = f"{rows[0]['steps']} steps, gap closed. {SIZES[0]:,} pairs:"
+    for labels in ("soft", "hard"):
+        answer += f" {lab.spread(lab.where(of_pairs, labels=labels), 'gap_closed')} ({labels}),"
+    answer = answer.removesuffix(",") + f". {MANY:,} pairs with {flip:.0%} flipped:"
     for loss in LOSS_COLORS:
-        numbers.append(f"{lab.spread(lab.where(worst, loss=loss), 'gap_closed')} ({loss})")
-    answer += f" {MANY:,} pairs, {flip:.0%} flipped: {', '.join(numbers)}."
-    return answer
+        answer += f" {lab.spread(lab.where(flipped, loss=loss), 'gap_closed')} ({loss}),"
+    return answer.removesuffix(",") + "."
 
 
 def draw(rows):

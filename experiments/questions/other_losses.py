@@ -127,15 +127,17 @@ def verdict(rows):
     """There is no rule: the margin of a pair that never flips, and the KL on drawn pairs."""
     one_pair = lab.where(rows, labels="certain")
     steps = max(lab.values(one_pair, "step"))
-    answer = f"One pair that never flips, {steps} steps, beta 0.1, 1 and 10:"
+    low = min(BETAS)
+    high = max(BETAS)
+    answer = f"Margin of one pair that never flips, {steps} steps, beta {low:g} and {high:g}:"
     for loss in CERTAIN:
         end = lab.where(one_pair, loss=loss, step=steps)
-        margins = [lab.spread(lab.where(end, beta=beta), "margin", digits=1) for beta in BETAS]
-        answer += f" margin {', '.join(margins)} ({loss});"
+        margins = [lab.spread(lab.where(end, beta=beta), "margin", 1) for beta in (low, high)]
+        answer += f" {' and '.join(margins)} ({loss}),"
     drawn = lab.where(rows, labels="drawn")
     steps = lab.where(drawn, loss="dpo")[0]["step"]
-    answer = answer.removesuffix(";") + f". {PAIRS:,} drawn pairs, {steps} steps, beta 1: KL"
-    for loss in dpo.LOSSES:
+    answer = answer.removesuffix(",") + f". KL with {PAIRS:,} drawn pairs, {steps} steps:"
+    for loss in CERTAIN:
         answer += f" {lab.spread(lab.where(drawn, loss=loss), 'kl')} ({loss}),"
     return answer.removesuffix(",") + "."
 

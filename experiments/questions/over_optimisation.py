@@ -88,9 +88,9 @@ def verdict(rows):
     answer += f" {lab.spread(worst, 'expected_reward')} at beta {JUDGED[-1]:g}."
     answer += f" DPO at beta {STRONG:g}:"
     for step, mine in [(EARLY, early), (last, end)]:
-        answer += f" E[r*] {lab.spread(mine, 'expected_reward')}, KL {lab.spread(mine, 'kl')} and"
-        answer += f" accuracy on the pairs {lab.spread(mine, 'own_accuracy')} after {step} steps,"
-    return answer.removesuffix(",") + "."
+        answer += f" E[r*] {lab.spread(mine, 'expected_reward')},"
+        answer += f" accuracy {lab.spread(mine, 'own_accuracy')} after {step} steps;"
+    return answer.removesuffix(";") + "."
 
 
 def expected_reward(rows):

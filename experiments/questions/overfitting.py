@@ -77,15 +77,15 @@ def verdict(rows):
     answer = "No."
     if few_are_memorised and excess_accuracy(many) < 0.02:
         answer = "Yes."
-    answer += f" After {few[0]['step']} steps:"
+    answer += f" {few[0]['step']} steps, gap closed at the end and at the lowest held-out loss:"
     for size in SHOWN:
-        end = at_the_end(rows, size)
-        early = stopped_early(rows, size)
-        answer += f" {size:,} pairs, accuracy {lab.spread(end, 'own_accuracy')},"
-        answer += f" held out {lab.spread(end, 'held_out_accuracy')},"
-        answer += f" gap closed {lab.spread(end, 'gap_closed')}"
-        answer += f" ({lab.spread(early, 'gap_closed')} at the lowest held-out loss);"
-    return answer.removesuffix(";") + "."
+        end = lab.spread(at_the_end(rows, size), "gap_closed")
+        early = lab.spread(stopped_early(rows, size), "gap_closed")
+        answer += f" {end} and {early} ({size:,} pairs),"
+    answer = answer.removesuffix(",")
+    answer += f". With {few[0]['pairs']} pairs, accuracy {lab.spread(few, 'own_accuracy')},"
+    answer += f" held out {lab.spread(few, 'held_out_accuracy')}."
+    return answer
 
 
 def excess_accuracy(rows):
@@ -121,8 +121,8 @@ def draw(rows):
             "at the end": lab.per_seed(at_the_end(rows, size), "gap_closed"),
             "at the lowest held-out loss": lab.per_seed(stopped_early(rows, size), "gap_closed"),
         }
-    looks = {"at the end": plots.GREY, "at the lowest held-out loss": plots.GREEN}
-    plots.bars(saved, heights, looks)
+    colors = {"at the end": plots.GREY, "at the lowest held-out loss": plots.GREEN}
+    plots.bars(saved, heights, colors)
     saved.set(ylabel="gap closed (1: the optimum of Eq. 4)", xlabel="pairs")
     plots.legend(figure, loss, saved)
     return figure

@@ -97,10 +97,8 @@ def verdict(rows):
     answer += f" DPO is clearly ahead in {ahead.count('DPO')}, PPO in {ahead.count('PPO')}."
     ours = highest(rows, "DPO")
     theirs = highest(rows, "PPO")
-    answer += f" With hard labels E[r*] is at most {lab.spread(ours, 'expected_reward')} with DPO"
-    answer += f" (at a KL of {lab.spread(ours, 'kl', digits=1)}),"
-    answer += f" {lab.spread(theirs, 'expected_reward')} with PPO"
-    answer += f" ({lab.spread(theirs, 'kl', digits=1)})."
+    answer += f" With hard labels E[r*] is at most {lab.spread(ours, 'expected_reward')} with DPO,"
+    answer += f" {lab.spread(theirs, 'expected_reward')} with PPO."
     return answer
 
 

@@ -118,13 +118,12 @@ def verdict(rows):
     answer = "No."
     if lab.mean(ours, "accuracy") >= least:
         answer = "Yes."
-    answer += " Pairs ranked as r* does:"
+    answer += " Pairs ranked as r* does, by the policy and by a reward model:"
     for size in SIZES:
         implicit, explicit = [lab.where(mine, pairs=size) for mine in accuracies.values()]
-        answer += f" {lab.spread(implicit, 'accuracy')} by the policy,"
-        answer += f" {lab.spread(explicit, 'accuracy')} by a reward model"
-        answer += f" ({size:,} pairs, {implicit[0]['steps']} steps);"
-    return answer.removesuffix(";") + "."
+        answer += f" {lab.spread(implicit, 'accuracy')} and {lab.spread(explicit, 'accuracy')}"
+        answer += f" ({size:,} pairs, {implicit[0]['steps']} steps),"
+    return answer.removesuffix(",") + "."
 
 
 def draw(rows):

@@ -71,14 +71,12 @@ def accuracy(log_ratios, pairs):
 
 
 def verdict(rows):
-    """There is no rule: E[r*] of each reference, and after DPO from it."""
-    answer = f"{PAIRS:,} pairs, {rows[0]['steps']} steps, E[r*] before and after DPO:"
+    """There is no rule: E[r*] after DPO from each reference."""
+    answer = f"{PAIRS:,} pairs, {rows[0]['steps']} steps, E[r*] after DPO by the reference:"
     for start in STARTS:
-        before = lab.where(rows, start=start, policy="reference")
         after = lab.where(rows, start=start, policy="after DPO")
-        answer += f" {start} {lab.spread(before, 'expected_reward')},"
-        answer += f" {lab.spread(after, 'expected_reward')};"
-    return answer.removesuffix(";") + "."
+        answer += f" {start} {lab.spread(after, 'expected_reward')},"
+    return answer.removesuffix(",") + "."
 
 
 def draw(rows):

@@ -98,12 +98,9 @@ def verdict(rows):
     last = max(lab.values(rows, "step"))
     ends = lab.where(rows, step=last)
     healthy = lab.where(ends, case="healthy")
-    answer = f"After {last} steps on {PAIRS:,} pairs a healthy run has a loss of"
-    answer += (
-        f" {lab.spread(healthy, 'loss')}, a gradient norm of {lab.spread(healthy, 'grad_norm')},"
-    )
-    answer += f" a KL from the start of {lab.spread(healthy, 'kl')} and a chosen log-prob of"
-    answer += f" {lab.spread(healthy, 'chosen_logp')}. Where the loss is"
+    answer = f"{PAIRS:,} pairs, {last} steps. A healthy run has a loss of"
+    answer += f" {lab.spread(healthy, 'loss')} and a KL of {lab.spread(healthy, 'kl')}."
+    answer += " Where the loss stays"
     answer += f" {lab.spread(lab.where(ends, case='empty mask'), 'loss', digits=4)}:"
     for case, (key, name) in TELLTALES.items():
         answer += f" {case}, {name} {lab.spread(lab.where(ends, case=case), key)};"

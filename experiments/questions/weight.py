@@ -77,7 +77,7 @@ def verdict(rows):
         answer = "Yes."
     answer += f" {PAIRS:,} pairs, {last} steps:"
     for name, end in ends.items():
-        answer += f" {name}, J {lab.spread(end, 'objective')}, KL {lab.spread(end, 'kl')},"
+        answer += f" {name}, J {lab.spread(end, 'objective')},"
         answer += f" likeliest response {lab.spread(end, 'likeliest')};"
     return answer + f" the reference's J is {start:.2f}."
 
