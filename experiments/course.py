@@ -269,6 +269,19 @@ def by_value(rows, by, heads, digits=2):
     table(*lines)
 
 
+def held_out(rows):
+    """Three evaluations of each run on held-out pairs: before, at the lowest loss, after. rows:
+    those of experiments/compare.py."""
+    found = []
+    for run in lab.values(rows, "run"):
+        mine = [row for row in lab.where(rows, run=run) if "held_out_loss" in row]
+        lowest = min(mine, key=lambda row: row["held_out_loss"])
+        stages = {"before DPO": mine[0], "lowest loss": lowest, "after DPO": mine[-1]}
+        for stage, row in stages.items():
+            found.append(row | {"held out": stage})
+    return found
+
+
 def disturb(logps, n=1000):
     """n policies around this one (P, Y), with noise of many sizes in their logits: (n, P, Y)."""
     generator = torch.Generator().manual_seed(0)
@@ -455,6 +468,29 @@ def weights_by_label(steps, weights, truth):
     left.set(xlabel="step", ylabel="mean weight", ylim=(0, 1))
     right.set(xlabel="step", ylabel="fraction of all weight")
     plots.legend(figure, left, columns=3)
+    show(figure)
+
+
+def real_runs(rows):
+    """Runs of train.py on real pairs: metrics on the batch and held out, a line for each run.
+    rows: those of experiments/compare.py."""
+    pairs = {
+        "loss": ("loss", "held_out_loss"),
+        "accuracy": ("accuracy", "held_out_accuracy"),
+        "log-prob of held-out responses, nats": ("held_out_rejected_logp", "held_out_chosen_logp"),
+    }
+    labels = [("on the batch", "held out"), ("on the batch", "held out"), ("rejected", "chosen")]
+    title = f"1,094 real pairs, 124 steps, {plots.seeds(rows)}"
+    figure, axes = plots.panels(title, len(pairs))
+    for ax, (ylabel, names), texts in zip(axes, pairs.items(), labels):
+        for name, text, color in zip(names, texts, (plots.ORANGE, plots.BLUE)):
+            for run in lab.values(rows, "run"):
+                mine = [row for row in lab.where(rows, run=run) if name in row]
+                steps = [row["step"] for row in mine]
+                ax.plot(steps, [row[name] for row in mine], color=color, linewidth=1)
+            ax.plot([], [], color=color, label=text)
+        ax.set(xlabel="step", ylabel=ylabel)
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     show(figure)
 
 

@@ -24,7 +24,7 @@ SOLUTION = re.compile(
     r"<details><summary>Solution</summary>\n\n```python\n(.+?)\n```\n</details>", re.DOTALL
 )
 CORE = range(7)  # the first screen, and steps 1 to 6
-STEPS = range(12)  # 7 to 11 are optional
+STEPS = range(13)  # 7 to 12 are optional
 
 
 @pytest.fixture
