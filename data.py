@@ -95,6 +95,8 @@ def parse_json(content, path, number):
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         why = f"not a line of JSON ({error}); save it as UTF-8, one object per line"
+        if str(path).endswith(".csv"):
+            why = "not JSON: python -m experiments.recipes makes a file of pairs from a CSV file"
         raise InputError(f"{path}:{number}: {why}") from None
 
 
@@ -596,7 +598,13 @@ class ToyWorld:
         }
 
 
+def short_warning(message, *_):
+    """How a command of ours prints a warning: without file and line."""
+    return f"warning: {message}\n"
+
+
 if __name__ == "__main__":
+    warnings.formatwarning = short_warning
     if len(sys.argv) not in (2, 3):
         sys.exit("usage: python data.py pairs.jsonl [tokenizer]")
     if hasattr(sys.stdout, "reconfigure"):  # Jupyter's stdout has no such method

@@ -628,7 +628,8 @@ def check_folder(args):
             raise data.InputError(f"--out {out} holds --init {args.init}: choose another --out")
     run = read_config(out)
     if run.get("data") and can_resume(out):
-        raise data.InputError(f"{out} holds a run on pairs: --resume it, or choose another --out")
+        why = "holds a run on pairs: choose another --out, or --resume it if it was stopped"
+        raise data.InputError(f"{out} {why}")
     if not run:
         for name in WRITTEN:
             if (out / name).exists():
@@ -786,12 +787,8 @@ def plot(history, path):
     figure.savefig(path, dpi=120)
 
 
-def short_warning(message, *_):
-    return f"warning: {message}\n"
-
-
 if __name__ == "__main__":
-    warnings.formatwarning = short_warning
+    warnings.formatwarning = data.short_warning
     if hasattr(sys.stdout, "reconfigure"):  # Jupyter's stdout has no such method
         sys.stdout.reconfigure(errors="replace")  # print "?" for what the terminal cannot show
     try:

@@ -19,7 +19,7 @@ PANELS = {  # what a metric of metrics.jsonl is called in the picture
     "objective": "J of Eq. 3",
     "kl": "KL to the reference, nats",
     "gap_closed": "gap closed",
-    "held_out_loss": "held-out loss",
+    "held_out_loss": "held-out loss of Eq. 7",
     "held_out_accuracy": "held-out accuracy",
     "margin": "margin of implicit rewards",
     "chosen_logp": "log-prob of the chosen, nats",
@@ -47,6 +47,9 @@ def print_table(rows):
     """The final policy of each run. Columns that only some runs have are left out."""
     first, *others = rows.values()
     columns = [column for column in first if all(column in other for other in others)]
+    if not columns:
+        print("These runs have no results in common: a toy run has others than one on pairs.")
+        return
     name_width = max(len(name) for name in rows)
     heads = [f"{column:>8}" for column in columns]
     print(" " * name_width, *heads, sep="  ")

@@ -3,7 +3,7 @@
     python -m experiments.device
     python -m experiments.device --scale    what fits on a laptop's GPU, by formula
 
-In at most five minutes: log-probs and gradients beside a float64 oracle on the CPU; masks that stay
+In some minutes: log-probs and gradients beside a float64 oracle on the CPU; masks that stay
 on the CPU; logits near -100 in bfloat16; the toy run, a resumed run, its files read on the CPU,
 samples; then the speed of a GPT-2-shaped model, and what a training step waits for. Exit status 1
 if a number is out of bounds.
@@ -197,7 +197,7 @@ def speed(device, folder):
     print(f"\n{config}")
     flops = bench.useful_flops(rows, config)
     for dtype in ("float32", "bfloat16"):
-        found, fastest = bench.race(RACING, rows, folder, BATCH, dtype, steps=5, rounds=3)
+        found, fastest = bench.race(RACING, rows, folder, BATCH, dtype, steps=2, rounds=3)
         failed.extend(f"{name}, {dtype}" for name in RACING if name not in found)
         bench.show(found, fastest, flops, BATCH, dtype)
     for dtype in ("float32", "bfloat16"):

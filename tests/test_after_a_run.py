@@ -203,7 +203,8 @@ def test_a_toy_run_beside_one_on_pairs_shows_what_both_have(two, tmp_path, capsy
     common = ["margin", "chosen_logp", "rejected_logp", "accuracy"]
     wanted = [compare.PANELS[name] for name in common]
     assert [ax.get_ylabel() for ax in figure.axes] == wanted
-    assert "gap_closed" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "gap_closed" not in said and "no results in common" in said
 
 
 def test_the_picture_and_a_folder_without_a_finished_run(two, tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import runpy
+import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -379,6 +380,7 @@ def test_white_space_at_the_ends_reaches_the_tokens(case, tmp_path):
 def test_show_by_hand(tmp_path, capsys, monkeypatch):
     """python data.py pairs.jsonl: the first pair's tokens, [scored] or not."""
     path = write(tmp_path, {"prompt": "Q:", "chosen": "no\n", "rejected": "y"}, GOOD)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # restored afterwards
     monkeypatch.setattr(sys, "argv", ["data.py", str(path)])
     runpy.run_path(data.__file__, run_name="__main__")
     chosen = f"chosen: 'Q' ':' ['n'] ['o'] ['\\n'] ['{END}'] and 0 of padding\n"
@@ -394,6 +396,22 @@ def test_show_by_hand(tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["data.py", *arguments])
         with pytest.raises(SystemExit, match=says):
             runpy.run_path(data.__file__, run_name="__main__")
+
+
+def test_show_warns_in_one_line(tmp_path):
+    """Without the line of Python that called."""
+    path = write(tmp_path, GOOD, {"prompt": "Q:"})
+    done = subprocess.run([sys.executable, data.__file__, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"warning: {path}: lines dropped: 1; the first is line 2"), line
+
+
+def test_a_csv_file_is_told_of_the_recipe(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("prompt,chosen,rejected\nQ:,yes,no\n", encoding="utf-8")
+    with pytest.raises(InputError, match="mine.csv:1: not JSON: python -m experiments.recipes"):
+        load_pairs(path)
 
 
 def test_show_puts_bytes_together_to_characters(tmp_path, capsys):
