@@ -401,7 +401,8 @@ def test_show_by_hand(tmp_path, capsys, monkeypatch):
 def test_show_warns_in_one_line(tmp_path):
     """Without the line of Python that called."""
     path = write(tmp_path, GOOD, {"prompt": "Q:"})
-    done = subprocess.run([sys.executable, data.__file__, path], capture_output=True, text=True)
+    command = [sys.executable, data.__file__, path]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"warning: {path}: lines dropped: 1; the first is line 2"), line
