@@ -297,9 +297,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="pairs as train.py reads them, with GPT-2's tokens")
     parser.add_argument("--only", default=list(CONTENDERS), nargs="+", choices=CONTENDERS)
-    sizes = range(MICRO_BATCH, 257, MICRO_BATCH)
-    help = "pairs, a multiple of 8"
-    parser.add_argument("--batch-size", type=int, default=BATCH, choices=sizes, metavar="N", help=help)
+    sizes = {"choices": range(MICRO_BATCH, 257, MICRO_BATCH), "metavar": "N"}
+    help = "pairs a step, a multiple of 8"
+    parser.add_argument("--batch-size", type=int, default=BATCH, help=help, **sizes)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--n-layer", type=int, default=6)
     parser.add_argument("--n-head", type=int, default=6)
