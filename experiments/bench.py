@@ -168,6 +168,7 @@ def trl(rows, folder, batch_size, dtype, precompute=False):
         per_device_train_batch_size=MICRO_BATCH,
         gradient_accumulation_steps=batch_size // MICRO_BATCH,
         bf16=dtype == "bfloat16",
+        gradient_checkpointing=False,  # TRL's default saves memory and costs a forward pass
         precompute_ref_log_probs=precompute,
         use_cpu=DEVICE == "cpu",
     )
@@ -237,8 +238,7 @@ def race(names, rows, folder, batch_size, dtype, steps, rounds=ROUNDS):
         args = (name, rows, folder, batch_size, dtype, theirs)
         context.Process(target=serve, args=args, daemon=True).start()
         theirs.close()  # so that a contender that dies is an EOFError here, and no endless wait
-        pipe.send(FIRST_STEPS)
-        answer = pipe.recv()
+        answer = ask(pipe, FIRST_STEPS)
         if isinstance(answer, str):
             print(f"{name} failed: {answer}")
             continue
@@ -250,13 +250,24 @@ def race(names, rows, folder, batch_size, dtype, steps, rounds=ROUNDS):
     for _ in range(rounds):
         speeds.append(matrix_speed(dtype))
         for name, pipe in pipes.items():
-            pipe.send(steps)
-            seconds, _, most = pipe.recv()
+            answer = ask(pipe, steps)
+            if isinstance(answer, str):
+                sys.exit(f"{name} failed: {answer}")
+            seconds, _, most = answer
             found[name]["seconds"].append(statistics.mean(seconds))
             found[name]["peak"] = most
     for pipe in pipes.values():
         pipe.send(0)
     return found, statistics.median(speeds)
+
+
+def ask(pipe, steps):
+    """What a contender says of its next steps, as `serve` has it; if it failed, why."""
+    try:
+        pipe.send(steps)
+        return pipe.recv()
+    except (EOFError, BrokenPipeError):
+        return "its process died, perhaps for lack of memory"
 
 
 def matrix_speed(dtype):
@@ -331,7 +342,7 @@ def show(found, speed, flops, batch_size, dtype):
     print(
         f"batches of {batch_size}; useful: of a large {dtype} product's {speed / 1e9:.0f} Gflop/s\n"
     )
-    heads = ["contender", "seconds a step (range)", "pairs/s", "ours is faster by", "useful"]
+    heads = ["contender", "seconds a step (range)", "pairs/s", "time / ours", "useful"]
     if peak() is not None:
         heads.append("peak GB")
     print_row(heads)

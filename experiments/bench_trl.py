@@ -62,8 +62,14 @@ def steps_of(trainer):
         def on_step_end(self, *args, **kwargs):
             done.release()
 
+    def train():
+        try:
+            trainer.train()
+        finally:
+            done.release()  # after an error too, so that nobody waits for the next step
+
     trainer.add_callback(Turns())
-    threading.Thread(target=trainer.train, daemon=True).start()
+    threading.Thread(target=train, daemon=True).start()
     while True:
         go.release()
         done.acquire()

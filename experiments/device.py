@@ -242,14 +242,11 @@ def step_bytes(n_embd, n_layer, tokens, scored, dtype):
 
 def scale():
     """What fits on a GPU of 8 GB, 7.5 of them free, with pairs of 2 rows of 256 tokens, 128 scored
-    in each; and what a step needs in arithmetic."""
-    row = data.TokenPair([0] * 128, [0] * 128, [0] * 128)
-    print("| model | weights | dtype | GB that stay | GB a pair | pairs in 8 GB | Tflop a pair |")
-    print("|---" * 7 + "|")
+    in each."""
+    print("| model | weights | dtype | GB that stay | GB a pair | pairs in 8 GB |")
+    print("|---" * 6 + "|")
     too_large = []
     for name, (n_embd, n_layer, _) in PUBLISHED.items():
-        config = GPTConfig(n_embd=n_embd, n_layer=n_layer)
-        teraflops = bench.useful_flops([row], config) / 1e12
         millions = parameters(n_embd, n_layer) / 1e6
         stays, a_pair = step_bytes(n_embd, n_layer, 512, 256, "float32")
         if stays + a_pair > 7.5e9:
@@ -259,12 +256,13 @@ def scale():
             stays, a_pair = step_bytes(n_embd, n_layer, 512, 256, dtype)
             fits = int((7.5e9 - stays) / a_pair)
             cells = [name, f"{millions:.0f}M", dtype, f"{stays / 1e9:.1f}", f"{a_pair / 1e9:.2f}"]
-            bench.print_row([*cells, str(fits), f"{teraflops:.2f}"])
+            bench.print_row([*cells, str(fits)])
     print(f"\nNot a single pair of {', '.join(too_large)} fits.")
     stays, a_pair = step_bytes(768, 12, 512, 256, "float32")
     by_formula = (stays + 4 * a_pair) / 1e9
     measured = "not measured"
     if bench.peak() is not None:
+        row = data.TokenPair([0] * 128, [0] * 128, [0] * 128)
         gigabytes = peak_bytes([row] * 4) / 1e9
         measured = f"measured {gigabytes:.2f}"
     print(f"\ngpt2, float32, 4 pairs: {by_formula:.2f} GB, {measured} on {bench.DEVICE}")

@@ -165,16 +165,17 @@ def sampled_from(sampler, ref, policy):
 def verdict(rows):
     """There is no rule: what leaks in the wide world, and what moves at a prompt in no pair."""
     cases = lab.where(rows, part="cases")
-    prompts = lab.where(rows, part="prompts", prompt="hotel", run="DPO")
-    last = max(lab.values(prompts, "step"))
-    no_slips = lab.where(cases, case="no slips")
-    slips = lab.where(cases, case="slips")
-    answer = f"They may gain. 20,000 pairs, {last} steps: they rise"
-    answer += f" from {lab.spread(no_slips, 'in no pair before')}"
-    answer += f" to {lab.spread(no_slips, 'in no pair after')} if the reference writes no slips,"
-    answer += f" to {lab.spread(slips, 'in no pair after')} if it does. A prompt in no pair:"
-    answer += f" KL {lab.spread(lab.where(prompts, step=last), 'kl')}."
-    return answer
+    last = max(lab.values(rows, "step"))
+    prompts = lab.where(rows, part="prompts", run="DPO", step=last)
+    answer = f"They may gain. 20,000 pairs, {last} steps, their probability:"
+    for case in ("no slips", "slips"):
+        mine = lab.where(cases, case=case)
+        answer += f" {lab.spread(mine, 'in no pair before')} to"
+        answer += f" {lab.spread(mine, 'in no pair after')} (reference with {case}),"
+    answer = answer.removesuffix(",") + ". Pairs of the film only, KL:"
+    for prompt in ("film", "hotel"):
+        answer += f" {lab.spread(lab.where(prompts, prompt=prompt), 'kl')} ({prompt}),"
+    return answer.removesuffix(",") + "."
 
 
 def draw(rows):

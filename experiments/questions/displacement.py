@@ -78,9 +78,9 @@ def verdict(rows):
 
     answer = f"Three causes. Shared weights (4 pairs, {few[0]['steps']} steps): of the chosen,"
     answer += f" {number(few, 'network', 'fallen')} fall in a network,"
-    answer += f" {number(few, 'table', 'fallen')} in a table. Few labels (2,000 pairs):"
-    answer += f" mean log pi / pi_ref {number(many, 'network', 'chosen')} and"
-    answer += f" {number(many, 'table', 'chosen')}. Eq. 4, the optimum itself:"
+    answer += f" {number(few, 'table', 'fallen')} in a table. Few labels (2,000 pairs, beta 1):"
+    answer += f" mean log pi / pi_ref {number(many, 'network', 'chosen')} (network),"
+    answer += f" {number(many, 'table', 'chosen')} (table). Eq. 4, the optimum itself:"
     answer += f" {number(many, 'Eq. 4', 'chosen')}."
     return answer
 

@@ -24,6 +24,7 @@ LABELS = {"soft": 0.0, "hard": 0.0, "hard, a fifth flipped": 0.2}  # and the fra
 LABEL_LOOKS = {"soft": ":", "hard": "-", "hard, a fifth flipped": "--"}
 FLIPS = [0.0, 0.2]
 TICKS = [-4, -2, -1, -0.5, 0, 0.5, 1]
+IPO_BETA = 0.25  # at 1, the others' beta, it hardly leaves the reference
 FEW = 10_000
 MANY = 100_000
 LOSS_COLORS = {
@@ -62,7 +63,7 @@ def run(seed, size, steps, flip, loss, soft=False):
     if loss in ("cdpo", "robust"):
         settings["epsilon"] = flip  # at 0 both are DPO
     if loss == "ipo":
-        settings["beta"] = 0.25
+        settings["beta"] = IPO_BETA
     if soft:
         losses_of = lab.soft_preferences(dpo.LOSSES[loss], pairs, ref, **settings)
     else:
@@ -82,7 +83,7 @@ def verdict(rows):
     answer = answer.removesuffix(",") + f". {MANY:,} pairs with {flip:.0%} flipped:"
     for loss in LOSS_COLORS:
         answer += f" {lab.spread(lab.where(flipped, loss=loss), 'gap_closed')} ({loss}),"
-    return answer.removesuffix(",") + "."
+    return answer.removesuffix("),") + f" at beta {IPO_BETA})."
 
 
 def draw(rows):

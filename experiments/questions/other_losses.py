@@ -136,8 +136,8 @@ def verdict(rows):
         answer += f" {' and '.join(margins)} ({loss}),"
     drawn = lab.where(rows, labels="drawn")
     steps = lab.where(drawn, loss="dpo")[0]["step"]
-    answer = answer.removesuffix(",") + f". KL with {PAIRS:,} drawn pairs, {steps} steps:"
-    for loss in CERTAIN:
+    answer = answer.removesuffix(",") + f". KL with {PAIRS:,} drawn pairs, {steps} steps, beta 1:"
+    for loss in [*CERTAIN, "hinge"]:
         answer += f" {lab.spread(lab.where(drawn, loss=loss), 'kl')} ({loss}),"
     return answer.removesuffix(",") + "."
 

@@ -86,11 +86,15 @@ def verdict(rows):
     answer += f" {PAIRS} pairs. E[r*] of a judge's optimum:"
     answer += f" {lab.spread(best, 'expected_reward')} at beta {best[0]['beta']:g},"
     answer += f" {lab.spread(worst, 'expected_reward')} at beta {JUDGED[-1]:g}."
-    answer += f" DPO at beta {STRONG:g}:"
-    for step, mine in [(EARLY, early), (last, end)]:
-        answer += f" E[r*] {lab.spread(mine, 'expected_reward')},"
-        answer += f" accuracy {lab.spread(mine, 'own_accuracy')} after {step} steps;"
-    return answer.removesuffix(";") + "."
+    before = lab.per_seed(early, "expected_reward")
+    after = lab.per_seed(end, "expected_reward")
+    change, sd = lab.mean_sd([new - old for old, new in zip(before, after)])
+    answer += f" DPO at beta {STRONG:g}, from step {EARLY} to {last}: E[r*]"
+    answer += f" changes by {change:.2f} ± {sd:.2f}"
+    answer += f" (from {lab.mean(early, 'expected_reward'):.2f}),"
+    answer += f" accuracy from {lab.mean(early, 'own_accuracy'):.2f}"
+    answer += f" to {lab.spread(end, 'own_accuracy')}."
+    return answer
 
 
 def expected_reward(rows):

@@ -101,7 +101,7 @@ def verdict(rows):
     answer = f"{PAIRS:,} pairs, {last} steps. A healthy run has a loss of"
     answer += f" {lab.spread(healthy, 'loss')} and a KL of {lab.spread(healthy, 'kl')}."
     answer += " Where the loss stays"
-    answer += f" {lab.spread(lab.where(ends, case='empty mask'), 'loss', digits=4)}:"
+    answer += f" {lab.spread(lab.where(ends, case='empty mask'), 'loss', digits=4)}, in this order:"
     for case, (key, name) in TELLTALES.items():
         answer += f" {case}, {name} {lab.spread(lab.where(ends, case=case), key)};"
     return answer.removesuffix(";") + "."
