@@ -3,10 +3,10 @@
     python -m experiments.bench [--data pairs.jsonl] [--only ours TRL] [--steps 1]
 
 All have the same GPT-2-shaped weights and the same batches, 8 pairs of a batch at a time, AdamW at
-1e-5, beta 0.1, gradients clipped to 1, no dropout. Each contender is a process of its own, for its peak memory; only one
-works at a time. Without --data the pairs are made up, as long as real ones: a prompt of 44 tokens
-on average, responses of 16. Without trl and transformers (tests/peers/requirements.txt) TRL is
-left out.
+1e-5, beta 0.1, gradients clipped to 1, no dropout. Each contender is a process of its own, for its
+peak memory; only one works at a time. Without --data the pairs are made up, as long as real ones: a
+prompt of 44 tokens on average, responses of 16. Without trl and transformers
+(tests/peers/requirements.txt) TRL is left out.
 """
 
 import argparse
@@ -138,7 +138,7 @@ def autocast(dtype):
 def update(model, optimizer, logps_of, ids):
     """One step on the pairs `ids` (B,), a few at a time. Returns its loss.
 
-    logps_of: ids of a part -> the policy's log-probs and the reference's, (2, b) each, chosen first.
+    logps_of: ids of a part (b,) -> log-probs of policy and reference, (2, b) each, chosen first.
     """
     optimizer.zero_grad()
     total = 0

@@ -480,14 +480,15 @@ def real_runs(rows):
         "log-prob of held-out responses, nats": ("held_out_rejected_logp", "held_out_chosen_logp"),
     }
     labels = [("on the batch", "held out"), ("on the batch", "held out"), ("rejected", "chosen")]
-    title = f"1,094 real pairs, 124 steps, {plots.seeds(rows)}"
+    steps = max(lab.values(rows, "step"))
+    title = f"1,094 real pairs, {steps} steps, {plots.seeds(rows)}"
     figure, axes = plots.panels(title, len(pairs))
     for ax, (ylabel, names), texts in zip(axes, pairs.items(), labels):
         for name, text, color in zip(names, texts, (plots.ORANGE, plots.BLUE)):
             for run in lab.values(rows, "run"):
                 mine = [row for row in lab.where(rows, run=run) if name in row]
-                steps = [row["step"] for row in mine]
-                ax.plot(steps, [row[name] for row in mine], color=color, linewidth=1)
+                positions = [row["step"] for row in mine]
+                ax.plot(positions, [row[name] for row in mine], color=color, linewidth=1)
             ax.plot([], [], color=color, label=text)
         ax.set(xlabel="step", ylabel=ylabel)
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)

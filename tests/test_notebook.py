@@ -383,6 +383,28 @@ def test_step_10c_over_optimisation(notebook):
     assert "(in four of the five seeds)" in prose_of(notebook.cells)
 
 
+def test_step_12_real_pairs(notebook):
+    fallen = []
+    for rows in by_seed("real_pairs"):
+        before, lowest, after = course.held_out(rows)
+        assert round(before["held_out_loss"], 4) == 0.6931 and before["held_out_accuracy"] == 0.5
+        late = [row["accuracy"] for row in rows if row["step"] > 93 and "accuracy" in row]
+        assert sum(late) / len(late) > 0.9, "the last of four epochs, on the batch"
+        assert 0.7 < after["held_out_accuracy"] < 0.85
+        early = [row for row in rows if "held_out_loss" in row and row["step"] < 40][-1]
+        assert early["held_out_loss"] - lowest["held_out_loss"] < 0.04, "after step 40, hardly"
+        assert after["held_out_accuracy"] - early["held_out_accuracy"] < 0.02
+        changes = []
+        for metric in ("held_out_chosen_logp", "held_out_rejected_logp"):
+            assert after[metric] < lowest[metric] < before[metric]
+            changes.append(after[metric] - before[metric])
+        assert abs(0.1 * (changes[0] - changes[1]) - after["held_out_margin"]) < 0.01
+        fallen.append(changes)
+    chosen, rejected = torch.tensor(fallen).mean(0)
+    said = f"chosen responses by {-chosen:.1f} nats, of the rejected by {-rejected:.1f}"
+    assert said in prose_of(notebook.cells)
+
+
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_the_first_step_of_adam_does_not_depend_on_beta(beta):
     logps = torch.zeros(2, requires_grad=True)
